@@ -1,0 +1,1 @@
+"""Server mathematics: pure functions of arrays that know nothing of federation."""

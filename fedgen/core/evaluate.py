@@ -1,0 +1,179 @@
+"""One evaluation for every algorithm: each client's own model on its own rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedgen.core import execution as execution_lib
+from fedgen.core import fit
+from fedgen.core.algorithm import Algorithm, State
+from fedgen.core.execution import Execution
+from fedgen.core.federation import Context, Data, Federation, Model
+
+PyTree = Any
+
+
+class Scores(NamedTuple):
+    """Sums over the rows of each client; `[n]` in the order of client ids."""
+
+    count: jax.Array  # [n] int32 rows scored
+    correct: jax.Array  # [n] int32 hits of the client's own model
+    loss: jax.Array  # [n] float32 summed cross entropy of the client's own model
+    global_correct: jax.Array  # [n] int32 hits of the server's one model
+
+
+class Evaluation(NamedTuple):
+    """Scores on the rows that may select, and on those that may not."""
+
+    validation: Scores
+    test: Scores
+
+
+EvaluateFn = Callable[[State, Federation, jax.Array], Evaluation]
+
+
+def make_evaluate(
+    algorithm: Algorithm, execution: Execution, batch_size: int = 100
+) -> EvaluateFn:
+    """Build `(state, federation, key) -> Evaluation`, to be jitted by the caller.
+
+    Each client gets the newest download and does what the algorithm's `personalise`
+    says with its training rows; nothing of that survives the evaluation.
+    """
+
+    def evaluate(state, federation, key):
+        key = jax.random.fold_in(key, state.round)
+        cohorts = []
+        for k, cohort in enumerate(federation.cohorts):
+            run = execution_lib.on_shards(
+                functools.partial(
+                    _score,
+                    algorithm,
+                    cohort.model,
+                    federation.num_classes,
+                    execution,
+                    batch_size,
+                ),
+                execution.mesh,
+                whole=range(5),
+            )
+            cohorts.append(
+                run(
+                    state.server,
+                    federation.pool,
+                    federation.public,
+                    cohort.order,
+                    key,
+                    cohort.ids,
+                    cohort.train,
+                    cohort.validation,
+                    cohort.test,
+                    state.clients[k],
+                )
+            )
+        scores = jax.tree.map(lambda *a: jnp.concatenate(a), *cohorts)
+        ids = jnp.concatenate([cohort.ids for cohort in federation.cohorts])
+        # The padding, id -1, sorts first and is cut off.
+        real = sum(cohort.num_real for cohort in federation.cohorts)
+        place = jnp.argsort(ids)[ids.shape[0] - real :]
+        return jax.tree.map(lambda a: a[place], scores)
+
+    return evaluate
+
+
+def make_adapt(algorithm: Algorithm, execution: Execution) -> Callable[..., State]:
+    """Build the life of unseen clients: `local` without `aggregate`.
+
+    Returns:
+      `(state, federation, key) -> state`: the server of `state`, and fresh clients
+      for `federation` that trained locally once from its download.
+    """
+
+    def adapt(state, federation, key):
+        key = jax.random.fold_in(key, state.round)
+        _, clients = algorithm.init(key, federation)
+        adapted = []
+        for k, cohort in enumerate(federation.cohorts):
+            context = federation.context(k)
+
+            def one(id_, start, size, client, context=context, cohort=cohort):
+                data = Data(federation.pool, cohort.order, start, size, jnp.float32(1))
+                message = algorithm.download(context, state.server, id_)
+                return algorithm.local(
+                    context, jax.random.fold_in(key, id_), client, message, data
+                )[0]
+
+            adapted.append(
+                execution_lib.map_clients(one, execution.chunk)(
+                    cohort.ids, cohort.train.start, cohort.train.size, clients[k]
+                )
+            )
+        return State(state.round, state.server, tuple(adapted))
+
+    return adapt
+
+
+def _score(
+    algorithm: Algorithm,
+    model: Model,
+    num_classes: int,
+    execution: Execution,
+    batch_size: int,
+    server: PyTree,
+    pool: PyTree,
+    public: PyTree,
+    order: jax.Array,
+    key: jax.Array,
+    ids: jax.Array,
+    train: PyTree,
+    validation: PyTree,
+    test: PyTree,
+    clients: PyTree,
+) -> Evaluation:
+    """Score the clients that this device holds."""
+    context = Context(model, num_classes, public)
+
+    def data_of(rows, work=1.0):
+        return Data(pool, order, rows.start, rows.size, jnp.float32(work))
+
+    def one(id_, train, validation, test, client):
+        message = algorithm.download(context, server, id_)
+        client = algorithm.personalise(
+            context, jax.random.fold_in(key, id_), client, message, data_of(train)
+        )
+
+        def add(scores, batch):
+            logits = algorithm.predict(context, server, client, batch.x)
+            if algorithm.predict_global is None:
+                whole = jnp.zeros_like(logits)
+            else:
+                whole = algorithm.predict_global(context, server, batch.x)
+            real = batch.mask > 0
+            loss = optax.losses.softmax_cross_entropy_with_integer_labels(
+                logits, batch.y
+            )
+            return Scores(
+                scores.count + jnp.sum(real),
+                scores.correct + jnp.sum(real & (jnp.argmax(logits, -1) == batch.y)),
+                scores.loss + jnp.sum(jnp.where(real, loss, 0.0)),
+                scores.global_correct
+                + jnp.sum(real & (jnp.argmax(whole, -1) == batch.y)),
+            )
+
+        zeros = Scores(jnp.int32(0), jnp.int32(0), jnp.float32(0.0), jnp.int32(0))
+        return Evaluation(
+            *(
+                fit.fold(add, zeros, data_of(rows), batch_size)
+                for rows in (validation, test)
+            )
+        )
+
+    return execution_lib.map_clients(one, execution.chunk)(
+        ids, train, validation, test, clients
+    )

@@ -1,0 +1,198 @@
+"""How the client axis is laid out over time and devices; algorithms never see it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fedgen.core.algorithm import State
+from fedgen.core.federation import Federation, Rows
+
+AXIS = "clients"
+
+
+class Execution(NamedTuple):
+    """The layout of the client axis.
+
+    Attributes:
+      chunk: Clients trained at once on a device; None trains all of them.
+      mesh: A mesh with a "clients" axis, or None for the default device.
+    """
+
+    chunk: int | None = None
+    mesh: Mesh | None = None
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices that share the clients."""
+        return 1 if self.mesh is None else self.mesh.size
+
+
+def default_chunk() -> int | None:
+    """Return the chunk that suits the platform.
+
+    On a CPU one client at a time fills the caches and the cores' vector units;
+    larger chunks only cost memory traffic. An accelerator wants all of them.
+    """
+    return 1 if jax.default_backend() == "cpu" else None
+
+
+def use_cores() -> None:
+    """Make each CPU core a device, so that clients train side by side on them.
+
+    To be called before JAX is first used; it has no effect on other platforms.
+    """
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+def make_mesh(num_devices: int) -> Mesh | None:
+    """Build a mesh over the first `num_devices` devices; None for one device.
+
+    Raises:
+      ValueError: If there are fewer devices.
+    """
+    available = len(jax.devices())
+    if not 1 <= num_devices <= available:
+        raise ValueError(
+            f"devices must be between 1 and the {available} available, got "
+            f"{num_devices}"
+        )
+    if num_devices == 1:
+        return None
+    devices = np.asarray(jax.devices()[:num_devices])
+    return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def place(federation: Federation, mesh: Mesh | None) -> Federation:
+    """Lay a federation out over the devices of a mesh.
+
+    Clients are dealt out by size, largest first and back and forth, so that every
+    device gets a like share of the samples; padding makes the count divide. The
+    pool lies whole on every device.
+    """
+    if mesh is None:
+        return federation
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def deal(cohort):
+        n = cohort.num_clients
+        width = -(-n // mesh.size)
+        ranked = np.argsort(-np.asarray(cohort.train.size), kind="stable")
+        ranked = np.append(ranked, np.full(width * mesh.size - n, -1))
+        table = ranked.reshape(width, mesh.size)
+        table[1::2] = table[1::2, ::-1]
+        slot = table.T.reshape(-1)
+
+        def pick(a, padding):
+            dealt = np.where(slot >= 0, np.asarray(a)[slot], padding)
+            return jax.device_put(dealt.astype(a.dtype), split)
+
+        return dataclasses.replace(
+            cohort,
+            ids=pick(cohort.ids, -1),
+            order=jax.device_put(cohort.order, whole),
+            **{
+                name: Rows(*(pick(a, 0) for a in getattr(cohort, name)))
+                for name in ("train", "validation", "test")
+            },
+        )
+
+    return dataclasses.replace(
+        federation,
+        pool=jax.device_put(federation.pool, whole),
+        public=jax.device_put(federation.public, whole),
+        cohorts=tuple(deal(cohort) for cohort in federation.cohorts),
+    )
+
+
+def state_shardings(mesh: Mesh | None) -> State | None:
+    """Return where the parts of a `State` lie: clients split, the rest whole."""
+    if mesh is None:
+        return None
+    whole = NamedSharding(mesh, PartitionSpec())
+    return State(whole, whole, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def over_clients(fn: Callable, chunk: int) -> Callable:
+    """Lift `fn` of one client to a chunk of them, stacked on a leading axis."""
+    if chunk > 1:
+        return jax.vmap(fn)
+
+    # One client alone needs no batch axis, hence no batched matrix products.
+    def alone(*args):
+        out = fn(*jax.tree.map(lambda a: a[0], args))
+        return jax.tree.map(lambda a: a[None], out)
+
+    return alone
+
+
+def map_clients(fn: Callable, chunk: int | None) -> Callable:
+    """Lift `fn` of one client to clients `[n, ...]`, `chunk` of them at once."""
+
+    def mapped(*args):
+        n = jax.tree.leaves(args)[0].shape[0]
+        width = chunk or n
+        extra = padded(n, width) - n
+
+        def split(a):
+            a = jnp.pad(a, [(0, extra)] + [(0, 0)] * (a.ndim - 1))
+            return a.reshape(-1, width, *a.shape[1:])
+
+        out = jax.lax.map(
+            lambda chunk: over_clients(fn, width)(*chunk), jax.tree.map(split, args)
+        )
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], out)
+
+    return mapped
+
+
+def padded(count: int, chunk: int) -> int:
+    """Round a number of clients up to a multiple of the chunk."""
+    return -(-count // chunk) * chunk
+
+
+def on_shards(fn: Callable, mesh: Mesh | None, whole: Sequence[int] = ()) -> Callable:
+    """Give each device its own clients.
+
+    `fn` only ever indexes the clients that its device holds. Indexing the global
+    array instead would make the partitioner copy every client to every device.
+
+    Args:
+      fn: Takes trees whose leaves have a leading client axis.
+      mesh: The devices, or None to call `fn` as it is.
+      whole: Positions of arguments that every device sees whole.
+    """
+    if mesh is None:
+        return fn
+
+    def sharded(*args):
+        specs = tuple(
+            PartitionSpec() if i in whole else PartitionSpec(AXIS)
+            for i in range(len(args))
+        )
+        return jax.shard_map(
+            fn,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=PartitionSpec(AXIS),
+            # Local training loops from replicated values (server weights, fresh
+            # optimiser counters) to per-device ones, which the check forbids.
+            check_vma=False,
+        )(*args)
+
+    return sharded
+
+
+def first_slot(mesh: Mesh | None, clients: int) -> jax.Array:
+    """Return the global position of this device's first client, [] int32."""
+    if mesh is None:
+        return jnp.int32(0)
+    return jax.lax.axis_index(AXIS).astype(jnp.int32) * clients

@@ -1,0 +1,186 @@
+"""Local training: shuffled minibatches, optax steps, passes over a client's data.
+
+Every loop has a dynamic trip count, read off the client's own size. Under `vmap`
+a chunk of clients loops until its largest one is done and JAX freezes the others,
+so momentum and weight decay never act on padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedgen.core.algorithm import Metrics
+from fedgen.core.federation import Batch, Data, Params
+
+PyTree = Any
+
+
+class Schedule(NamedTuple):
+    """How long a client trains in a round.
+
+    Attributes:
+      batch_size: Samples `b` of a step.
+      epochs: Passes over the client's data; its last batch may be short.
+      steps: If given, that many steps over an endless shuffled stream instead, the
+        same number for every client.
+    """
+
+    batch_size: int = 32
+    epochs: int = 1
+    steps: int | None = None
+
+    def num_steps(self, data: Data) -> jax.Array:
+        """Count the steps `t` of a client, [] int32; 0 if it holds nothing."""
+        if self.steps is None:
+            steps = self.epochs * _ceil_div(data.size, self.batch_size)
+        else:
+            steps = jnp.where(data.size > 0, self.steps, 0)
+        share = jnp.ceil(data.work * steps.astype(jnp.float32))
+        return share.astype(jnp.int32)
+
+    def batch(self, key: jax.Array, step: jax.Array, data: Data) -> Batch:
+        """Gather the minibatch of one step; `key` fixes the whole order."""
+        slot = jnp.arange(self.batch_size)
+        size = jnp.maximum(data.size, 1)
+        if self.steps is None:
+            per_epoch = _ceil_div(size, self.batch_size)
+            index = step % per_epoch * self.batch_size + slot
+            epoch, mask = jnp.broadcast_to(step // per_epoch, slot.shape), index < size
+        else:
+            index = step * self.batch_size + slot
+            epoch, index, mask = index // size, index % size, slot >= 0
+        position = shuffled(key, epoch, jnp.minimum(index, size - 1), size)
+        return data.take(position, mask & (data.size > 0))
+
+
+def shuffled(
+    key: jax.Array, epoch: jax.Array, index: jax.Array, size: jax.Array
+) -> jax.Array:
+    """Look up entries of a random permutation of `range(size)`, without making it.
+
+    A sort would cost every client the padded size of the largest one, each epoch.
+    Instead a Feistel network over a grid of `rows * columns >= size` cells permutes
+    the cells, and entries beyond `size` walk on until they fall inside (Black &
+    Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, section 4 with
+    the modular network of section 5).
+
+    Args:
+      key: One permutation per (key, epoch).
+      epoch: `[b]` int32.
+      index: `[b]` int32 in `[0, size)`.
+      size: [] int32, at least 1.
+
+    Returns:
+      `[b]` int32 in `[0, size)`; a bijection of `index` for a fixed epoch.
+    """
+    rows = jnp.ceil(jnp.sqrt(size.astype(jnp.float32))).astype(jnp.uint32)
+    columns = _ceil_div(size.astype(jnp.uint32), rows)
+    salts = jax.random.bits(key, (6,), jnp.uint32)
+    tweak = epoch.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+
+    def network(cell):
+        row, column = cell // columns, cell % columns
+        for i in range(0, 6, 2):
+            row = (row + _mix(column ^ tweak, salts[i])) % rows
+            column = (column + _mix(row ^ tweak, salts[i + 1])) % columns
+        return row * columns + column
+
+    def outside(cell):
+        return jnp.any(cell >= size.astype(jnp.uint32))
+
+    def walk(cell):
+        return jnp.where(cell >= size.astype(jnp.uint32), network(cell), cell)
+
+    cell = jax.lax.while_loop(outside, walk, network(index.astype(jnp.uint32)))
+    return cell.astype(jnp.int32)
+
+
+def _mix(x: jax.Array, salt: jax.Array) -> jax.Array:
+    """Scramble 32 bits (the finaliser of MurmurHash3), with a salt on both ends."""
+    x = x ^ salt
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    # Values stay below 2^31 so that adding a coordinate cannot wrap around.
+    return (x ^ (x >> 16) ^ salt) >> 1
+
+
+def _ceil_div(a: jax.Array, b: jax.Array | int) -> jax.Array:
+    return (a + b - 1) // b
+
+
+Loss = Callable[[Params, Batch, jax.Array], jax.Array]
+
+
+def fit(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    key: jax.Array,
+    data: Data,
+    schedule: Schedule,
+) -> tuple[Params, Metrics]:
+    """Minimise `loss(params, batch, key)` on one client with a fresh optimiser.
+
+    Returns:
+      The trained parameters, and `loss` (mean over steps) and `steps`.
+    """
+    steps = schedule.num_steps(data)
+    order_key, loss_key = jax.random.split(key)
+
+    def step(carry):
+        i, params, opt_state, total = carry
+        batch = schedule.batch(order_key, i, data)
+        value, grads = jax.value_and_grad(loss)(
+            params, batch, jax.random.fold_in(loss_key, i)
+        )
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return i + 1, params, opt_state, total + value
+
+    start = (jnp.int32(0), params, optimizer.init(params), jnp.float32(0.0))
+    _, params, _, total = jax.lax.while_loop(lambda c: c[0] < steps, step, start)
+    mean = total / jnp.maximum(steps, 1).astype(jnp.float32)
+    return params, {"loss": mean, "steps": steps}
+
+
+def fold(
+    fn: Callable[[PyTree, Batch], PyTree], init: PyTree, data: Data, batch_size: int
+) -> PyTree:
+    """Fold `fn(carry, batch) -> carry` over one pass of a client's data, in order."""
+    slot = jnp.arange(batch_size)
+
+    def step(carry):
+        i, value = carry
+        position = i * batch_size + slot
+        return i + 1, fn(value, data.take(position, position < data.size))
+
+    steps = _ceil_div(data.size, batch_size)
+    # A client that is only padding this round owes no work.
+    steps = jnp.where(data.work > 0, steps, 0)
+    return jax.lax.while_loop(lambda c: c[0] < steps, step, (jnp.int32(0), init))[1]
+
+
+def class_counts(data: Data, num_classes: int, batch_size: int) -> jax.Array:
+    """Count a client's samples of each class, `[c]` float32."""
+
+    def add(count, batch):
+        member = jax.nn.one_hot(batch.y, num_classes)
+        return count + jnp.sum(member * batch.mask[:, None], axis=0)
+
+    return fold(add, jnp.zeros(num_classes), data, batch_size)
+
+
+def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Average the cross entropy over a batch's real samples, `[b, c]` -> []."""
+    each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.y)
+    return masked_mean(each, batch.mask)
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Average `x [b]` over `mask [b]`; 0 if nothing is left."""
+    return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)

@@ -1,0 +1,336 @@
+"""One communication round: who takes part, what they do, what the server makes of it.
+
+`make_round` owns gather, chunks, devices, masks, scatter and keys, so that no
+algorithm has to. Keys are functions of (seed, round, client id) alone: chunk size,
+block length and resumption never change a result.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedgen.core import execution as execution_lib
+from fedgen.core import tree
+from fedgen.core.algorithm import (
+    Algorithm,
+    Exchange,
+    Mean,
+    Metrics,
+    State,
+    Uploads,
+)
+from fedgen.core.execution import Execution
+from fedgen.core.federation import Context, Data, Federation, Model
+from fedgen.core.participation import Sampler
+
+PyTree = Any
+
+
+class Report(NamedTuple):
+    """What a round tells the host; stacked over the rounds of a block.
+
+    Attributes:
+      metrics: Averages over participants, and what the server reports.
+      participants: `[cohorts]` int32, clients whose upload counted.
+      steps: [] int32, local steps of all clients.
+      executed: [] int32, steps the hardware went through: everybody in a chunk
+        loops for as long as the chunk's largest client.
+      failed: `[m]` int32 ids of clients whose upload was not finite, -1 elsewhere.
+        They are left out of the aggregate and keep their old state.
+    """
+
+    metrics: Metrics
+    participants: jax.Array
+    steps: jax.Array
+    executed: jax.Array
+    failed: jax.Array
+
+
+class Traffic(NamedTuple):
+    """Bytes on the wire for one participant of a cohort in one round."""
+
+    down: int
+    up: int
+
+
+RoundFn = Callable[[State, Federation, jax.Array], tuple[State, Report]]
+
+
+def init_state(
+    algorithm: Algorithm,
+    federation: Federation,
+    key: jax.Array,
+    execution: Execution = Execution(),
+) -> State:
+    """Initialise under jit, where no two leaves share a buffer (donation needs that).
+
+    Equal keys give equal initial weights to all algorithms. With a mesh, clients
+    are created on the devices that hold them.
+    """
+
+    @functools.partial(
+        jax.jit, out_shardings=execution_lib.state_shardings(execution.mesh)
+    )
+    def init(key, federation):
+        server, clients = algorithm.init(key, federation)
+        return State(jnp.zeros((), jnp.int32), server, clients)
+
+    state = init(key, federation)
+    for cohort, clients in zip(federation.cohorts, state.clients, strict=True):
+        for leaf in jax.tree.leaves(clients):
+            if leaf.shape[:1] != (cohort.num_clients,):
+                raise ValueError(
+                    f"client state must have a leading axis of {cohort.num_clients} "
+                    f"clients, got shape {leaf.shape}"
+                )
+    return state
+
+
+def make_round(
+    algorithm: Algorithm, sampler: Sampler, execution: Execution
+) -> RoundFn:
+    """Build one round as a pure function `(state, federation, key)`."""
+
+    def round_fn(state, federation, key):
+        sample_key, *keys = jax.random.split(
+            jax.random.fold_in(key, state.round), 1 + 2 * len(algorithm.exchanges)
+        )
+        drawn = sampler(sample_key, federation)
+        contexts = tuple(map(federation.context, range(len(federation.cohorts))))
+        server, clients = state.server, list(state.clients)
+        metrics: Metrics = {}
+        works = []
+
+        for exchange, local_key, server_key in zip(
+            algorithm.exchanges, keys[::2], keys[1::2], strict=True
+        ):
+            uploads = []
+            for k, cohort in enumerate(federation.cohorts):
+                run = execution_lib.on_shards(
+                    functools.partial(
+                        _visit, exchange, cohort.model, federation.num_classes, execution
+                    ),
+                    execution.mesh,
+                    whole=range(6),
+                )
+                clients[k], upload, local_metrics, work = run(
+                    server,
+                    federation.pool,
+                    federation.public,
+                    cohort.order,
+                    drawn[k],
+                    local_key,
+                    cohort.ids,
+                    cohort.train,
+                    clients[k],
+                )
+                uploads.append(upload._replace(message=_finish(upload.message)))
+                works.append(work)
+                prefix = "" if len(federation.cohorts) == 1 else f"cohort{k}/"
+                for name, value in local_metrics.items():
+                    metrics[prefix + name] = tree.weighted_mean(value, upload.weight)
+            server, server_metrics = exchange.aggregate(
+                contexts, server_key, server, tuple(uploads)
+            )
+            metrics |= {f"server/{name}": v for name, v in server_metrics.items()}
+
+        first = works[: len(federation.cohorts)]
+        report = Report(
+            metrics,
+            jnp.stack([jnp.sum(work.counted, dtype=jnp.int32) for work in first]),
+            sum(jnp.sum(work.steps, dtype=jnp.int32) for work in works),
+            sum(jnp.sum(work.executed, dtype=jnp.int32) for work in works),
+            jnp.concatenate([work.failed for work in works]),
+        )
+        return State(state.round + 1, server, tuple(clients)), report
+
+    return round_fn
+
+
+class _Work(NamedTuple):
+    counted: jax.Array  # [m] bool
+    steps: jax.Array  # [m] int32
+    executed: jax.Array  # [chunks] int32
+    failed: jax.Array  # [m] int32
+
+
+def _visit(
+    exchange: Exchange,
+    model: Model,
+    num_classes: int,
+    execution: Execution,
+    server: PyTree,
+    pool: PyTree,
+    public: PyTree,
+    order: jax.Array,
+    drawn: PyTree,
+    key: jax.Array,
+    ids: jax.Array,
+    rows: PyTree,
+    clients: PyTree,
+) -> tuple[PyTree, Uploads, Metrics, _Work]:
+    """Run one exchange with the clients that this device holds.
+
+    Chunk after chunk of them is gathered, does its work and is scattered back, so
+    only one chunk's states are ever held twice.
+    """
+    context = Context(model, num_classes, public)
+    n = ids.shape[0]
+    slot = drawn.slot - execution_lib.first_slot(execution.mesh, n)
+    mine = (slot >= 0) & (slot < n) & drawn.mask
+
+    # Largest first, so that the clients of a chunk have much the same work. The
+    # other devices' clients sort last and fall off, as do those that dropped out.
+    size = jnp.where(mine, rows.size.at[slot].get(mode="clip"), -1)
+    kept = min(n, slot.shape[0])
+    ranked = jnp.argsort(-size, stable=True)[:kept]
+    chunk = execution.chunk or kept
+    extra = execution_lib.padded(kept, chunk) - kept
+    mask = jnp.pad(mine[ranked], (0, extra))
+    slot = jnp.where(mask, jnp.pad(slot[ranked], (0, extra)), n)
+    work = jnp.where(mask, jnp.pad(drawn.work[ranked], (0, extra)), 0.0)
+
+    def visit(id_, start, size, work, client):
+        data = Data(pool, order, start, size, work)
+        message = exchange.download(context, server, id_)
+        client, upload, metrics = exchange.local(
+            context, jax.random.fold_in(key, id_), client, message, data
+        )
+        return client, upload, metrics, tree.all_finite((client, upload, metrics))
+
+    def visit_chunk(carry, drawn):
+        clients, sums = carry
+        slot, mask, work = drawn
+        id_, held, old = jax.tree.map(
+            lambda a: a.at[slot].get(mode="clip"), (ids, rows, clients)
+        )
+        size = jnp.where(mask, held.size, 0)
+        new, message, metrics, finite = execution_lib.over_clients(visit, chunk)(
+            id_, held.start, size, work, old
+        )
+        # Whoever is absent, or failed, keeps its state and weighs nothing.
+        counted = mask & finite
+        new = tree.where(counted, new, old)
+        clients = jax.tree.map(
+            lambda a, b: a.at[slot].set(b, mode="drop"), clients, new
+        )
+        message, metrics = tree.where(
+            counted,
+            (message, metrics),
+            jax.tree.map(jnp.zeros_like, (message, metrics)),
+        )
+        means, message = _split(message)
+        # One client after another, whatever the chunk: sums must not depend on it.
+        sums, _ = jax.lax.scan(
+            lambda sums, one: (_add(sums, one), None), sums, means, length=chunk
+        )
+        upload = Uploads(
+            jnp.where(mask, id_, -1),
+            jnp.where(counted, held.size, 0).astype(jnp.float32),
+            message,
+        )
+        failed = jnp.where(mask & ~finite, id_, -1)
+        return (clients, sums), (upload, metrics, counted, failed)
+
+    one = (ids, rows.start, rows.size, work, clients)
+    message = jax.eval_shape(visit, *jax.tree.map(lambda a: a[0], one))[1]
+    sums = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, jnp.result_type(a.dtype, jnp.float32)),
+        _split(message)[0],
+    )
+    (clients, sums), visited = jax.lax.scan(
+        visit_chunk,
+        (clients, sums),
+        jax.tree.map(lambda a: a.reshape(-1, chunk), (slot, mask, work)),
+    )
+    executed = chunk * jnp.max(visited[1]["steps"], axis=1)
+    # The filling of the last chunk goes, or shapes would depend on the chunk.
+    upload, metrics, counted, failed = jax.tree.map(
+        lambda a: a.reshape(-1, *a.shape[2:])[:kept], visited
+    )
+    steps = metrics.pop("steps")
+    # A device's sums get an axis, over which `_finish` adds the devices up.
+    sums = jax.tree.map(lambda a: a[None], sums)
+    upload = upload._replace(message=_join(message, sums, upload.message))
+    return clients, upload, metrics, _Work(counted, steps, executed, failed)
+
+
+def _is_mean(node: PyTree) -> bool:
+    return isinstance(node, Mean)
+
+
+def _split(message: PyTree) -> tuple[list[Mean], PyTree]:
+    """Take the parts marked `Mean` out of a message, leaving None for each."""
+    nodes, structure = jax.tree.flatten(message, is_leaf=_is_mean)
+    rest = [None if _is_mean(node) else node for node in nodes]
+    return [node for node in nodes if _is_mean(node)], structure.unflatten(rest)
+
+
+def _join(like: PyTree, means: list[Mean], rest: PyTree) -> PyTree:
+    """Put means back where `_split` took them from a message `like`."""
+    nodes, structure = jax.tree.flatten(like, is_leaf=_is_mean)
+    found, left = iter(means), iter(jax.tree.leaves(rest))
+    return structure.unflatten(
+        [next(found) if _is_mean(node) else next(left) for node in nodes]
+    )
+
+
+def _add(sums: list[Mean], means: list[Mean]) -> list[Mean]:
+    """Add one client to running sums of weighted values and of weights."""
+    return [
+        Mean(
+            jax.tree.map(lambda s, v, w=one.weight: s + w * v, total.value, one.value),
+            total.weight + one.weight,
+        )
+        for total, one in zip(sums, means, strict=True)
+    ]
+
+
+def _finish(message: PyTree) -> PyTree:
+    """Turn the devices' sums, leaves `[devices, ...]`, into means."""
+
+    def divide(node):
+        if not _is_mean(node):
+            return node
+        value, weight = jax.tree.map(lambda a: jnp.sum(a, axis=0), tuple(node))
+        share = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+        return Mean(jax.tree.map(lambda a: a * share, value), weight)
+
+    return jax.tree.map(divide, message, is_leaf=_is_mean)
+
+
+def traffic(
+    algorithm: Algorithm, federation: Federation, state: State
+) -> tuple[Traffic, ...]:
+    """Read the bytes of a round off the shapes of its messages, per cohort."""
+
+    def messages(exchange, context, server, client, order):
+        pool = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), federation.pool)
+        zero = jnp.int32(0)
+        data = Data(pool, order, zero, zero, jnp.float32(1))
+        down = exchange.download(context, server, zero)
+        _, up, _ = exchange.local(context, jax.random.key(0), client, down, data)
+        return down, up
+
+    totals = []
+    for k, cohort in enumerate(federation.cohorts):
+        down = up = 0
+        client = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state.clients[k]
+        )
+        for exchange in algorithm.exchanges:
+            sent, received = jax.eval_shape(
+                functools.partial(messages, exchange, federation.context(k)),
+                state.server,
+                client,
+                cohort.order,
+            )
+            down += tree.num_bytes(sent)
+            up += tree.num_bytes(received)
+        totals.append(Traffic(down, up))
+    return tuple(totals)

@@ -1,0 +1,57 @@
+"""Algebra on pytrees with a leading client axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Count the bytes of a tree of arrays or of `jax.ShapeDtypeStruct`s."""
+    return sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))
+
+
+def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    """Choose `a` where `mask [m]` holds and `b` elsewhere, leaves `[m, ...]`."""
+
+    def choose(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, y)
+
+    return jax.tree.map(choose, a, b)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Tell whether every floating-point entry of one client's tree is finite, []."""
+    finite = [
+        jnp.all(jnp.isfinite(a))
+        for a in jax.tree.leaves(tree)
+        if jnp.issubdtype(a.dtype, jnp.inexact)
+    ]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
+
+
+def weighted_mean(tree: PyTree, weight: jax.Array, default: PyTree = None) -> PyTree:
+    """Average over the leading axis, `[m, ...] -> [...]`.
+
+    Args:
+      tree: Leaves `[m, ...]`.
+      weight: `[m]`, non-negative.
+      default: What to return if all weights are 0; zeros unless given.
+    """
+    total = jnp.sum(weight)
+    share = weight / jnp.where(total > 0, total, 1.0)
+    mean = jax.tree.map(
+        lambda a: jnp.tensordot(share.astype(a.dtype), a, axes=1), tree
+    )
+    if default is None:
+        return mean
+    return jax.tree.map(lambda a, b: jnp.where(total > 0, a, b), mean, default)
+
+
+def broadcast(tree: PyTree, n: int) -> PyTree:
+    """Repeat one client's tree for `n` clients, `[...] -> [n, ...]`."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *a.shape)), tree)

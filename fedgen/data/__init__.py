@@ -1,0 +1,1 @@
+"""Samples, the clients that hold them, and how the clients' data differ."""

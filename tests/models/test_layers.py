@@ -1,0 +1,174 @@
+"""Convolution and pooling against flax, outputs and gradients."""
+
+from __future__ import annotations
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedgen.models import layers
+
+TOLERANCE = 1e-5
+
+
+def _values_and_gradients(module, params, x, cotangent_key):
+    """Outputs, and gradients with respect to parameters and input."""
+    y, pull = jax.vjp(lambda p, x: module.apply({"params": p}, x), params, x)
+    # Divided by the positions, so that the kernel's gradient is of order one.
+    weight = jax.random.normal(cotangent_key, y.shape) / np.prod(y.shape[:3])
+    return y, pull(weight)
+
+
+def _images(shape, background=0.5):
+    """Images on a constant background, which ties most windows of a pooling."""
+    x = jax.random.normal(jax.random.key(1), shape)
+    return x.at[:, : shape[1] // 2, 2:].set(background)
+
+
+class _Reference(nn.Module):
+    """A flax convolution and pooling, with the parameters of `layers.ConvPool`."""
+
+    features: int
+    kernel_size: tuple[int, int]
+    padding: layers.Padding
+
+    @nn.compact
+    def __call__(self, x):
+        conv = nn.Conv(self.features, self.kernel_size, padding=self.padding, name="c")
+        return nn.max_pool(conv(x), (2, 2), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("channels", "features", "kernel", "strides", "padding"),
+    [
+        (1, 32, (5, 5), (1, 1), "SAME"),
+        (3, 16, (5, 5), (1, 1), "VALID"),
+        (16, 32, (5, 5), (1, 1), 1),
+        (32, 64, (3, 3), (2, 2), "SAME"),
+        (64, 8, (1, 1), (2, 2), "VALID"),
+        (3, 4, (3, 2), (2, 1), ((0, 2), (1, 0))),
+        (16, 3, (4, 4), (3, 2), "SAME"),
+    ],
+)
+def test_conv_equals_flax(channels, features, kernel, strides, padding):
+    x = _images((3, 9, 8, channels))
+    ours = layers.Conv(features, kernel, strides, padding)
+    theirs = nn.Conv(features, kernel, strides, padding)
+    params = ours.init(jax.random.key(0), x)["params"]
+    chex.assert_trees_all_equal_shapes(
+        params, theirs.init(jax.random.key(0), x)["params"]
+    )
+    chex.assert_trees_all_close(
+        _values_and_gradients(ours, params, x, jax.random.key(2)),
+        _values_and_gradients(theirs, params, x, jax.random.key(2)),
+        atol=TOLERANCE,
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "features", "kernel", "padding"),
+    [
+        ((28, 28), 1, 32, (5, 5), "SAME"),
+        ((14, 14), 32, 64, (5, 5), "SAME"),
+        ((13, 15), 3, 16, (5, 5), "VALID"),
+        ((12, 13), 16, 32, (5, 5), 1),
+        ((5, 5), 32, 64, (3, 3), 1),
+        ((9, 10), 3, 4, (2, 6), ((0, 2), (3, 0))),
+        ((9, 11), 3, 4, (7, 7), "SAME"),
+    ],
+)
+def test_conv_pool_equals_flax_with_ties(size, channels, features, kernel, padding):
+    # Small whole numbers make the ties exact in every order of summation.
+    key_x, key_w = jax.random.split(jax.random.key(1))
+    x = jax.random.randint(key_x, (3, *size, channels), -1, 2).astype(jnp.float32)
+    x = x.at[:, : size[0] // 2].set(1.0)
+    weights = jax.random.randint(key_w, (*kernel, channels, features), -1, 2)
+    params = {"kernel": weights.astype(jnp.float32), "bias": jnp.ones(features)}
+
+    ours = _values_and_gradients(
+        layers.ConvPool(features, kernel, padding), params, x, jax.random.key(2)
+    )
+    value, (gradient, towards_x) = _values_and_gradients(
+        _Reference(features, kernel, padding), {"c": params}, x, jax.random.key(2)
+    )
+    chex.assert_trees_all_close(
+        ours, (value, (gradient["c"], towards_x)), atol=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("size", [(2, 2), (8, 6), (7, 5)])
+def test_max_pool_gives_ties_to_the_same_place_as_flax(size):
+    x = jax.random.randint(jax.random.key(0), (4, *size, 3), 0, 3).astype(jnp.float32)
+
+    def pooled(pool):
+        y, pull = jax.vjp(pool, x)
+        return y, pull(jax.random.normal(jax.random.key(1), y.shape))
+
+    chex.assert_trees_all_close(
+        pooled(layers.max_pool),
+        pooled(lambda x: nn.max_pool(x, (2, 2), (2, 2))),
+        atol=0,
+    )
+
+
+def test_max_pool_passes_nan_on():
+    x = (
+        jnp.zeros((4, 2, 2, 1))
+        .at[jnp.arange(4), [0, 0, 1, 1], [0, 1, 0, 1]]
+        .set(jnp.nan)
+    )
+    assert jnp.isnan(layers.max_pool(x)).all()
+
+
+@pytest.mark.parametrize("kernel", [(5, 5), (3, 3)])
+def test_kernels_and_gradients_under_vmap_equal_flax_client_by_client(kernel):
+    clients = 3
+    x = jax.random.normal(jax.random.key(0), (clients, 2, 10, 10, 3))
+    ours, theirs = layers.ConvPool(4, kernel), _Reference(4, kernel, "SAME")
+    params = jax.vmap(lambda key: ours.init(key, x[0])["params"])(
+        jax.random.split(jax.random.key(1), clients)
+    )
+
+    def loss(module, wrap):
+        return lambda p, x: (module.apply({"params": wrap(p)}, x) ** 2).mean()
+
+    stacked = jax.jit(jax.vmap(jax.value_and_grad(loss(ours, lambda p: p), (0, 1))))(
+        params, x
+    )
+    reference = jax.value_and_grad(loss(theirs, lambda p: {"c": p}), (0, 1))
+    for client in range(clients):
+        own, images = jax.tree.map(lambda leaf, i=client: leaf[i], (params, x))
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf, i=client: leaf[i], stacked),
+            reference(own, images),
+            atol=TOLERANCE,
+        )
+
+
+def test_second_order_gradients_equal_those_of_flax():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 2))
+    ours, theirs = layers.Conv(3, (3, 3)), nn.Conv(3, (3, 3))
+    params = ours.init(jax.random.key(1), x)["params"]
+
+    def curvature(module):
+        def loss(p):
+            return jnp.tanh(module.apply({"params": p}, x)).mean()
+
+        def norm(p):
+            return sum((g**2).sum() for g in jax.tree.leaves(jax.grad(loss)(p)))
+
+        return jax.grad(norm)(params)
+
+    chex.assert_trees_all_close(curvature(ours), curvature(theirs), atol=TOLERANCE)
+
+
+def test_inputs_smaller_than_the_window_are_refused():
+    with pytest.raises(ValueError, match=r"window 5x5.*got 4x7"):
+        layers.convolve(jnp.ones((1, 4, 7, 1)), jnp.ones((5, 5, 1, 1)), padding="VALID")
+    with pytest.raises(ValueError, match=r"max-pooling.*got 1x4"):
+        layers.max_pool(jnp.ones((1, 1, 4, 1)))
+    with pytest.raises(ValueError, match=r"max-pooling.*got 1x3"):
+        layers.convolve_pool(jnp.ones((1, 5, 7, 1)), jnp.ones((5, 5, 1, 1)), "VALID")

@@ -1,0 +1,173 @@
+"""The registry, and the architectures against the same ones written in flax."""
+
+from __future__ import annotations
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from fedgen import models
+
+SHAPE = (28, 28, 1)
+
+
+def _size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+class _Plain(nn.Module):
+    """Convolution, activation, pooling: the order that papers write down."""
+
+    blocks: tuple
+    hidden: int
+    slope: float
+
+    @nn.compact
+    def __call__(self, x):
+        for features, kernel, padding in self.blocks:
+            x = nn.Conv(features, (kernel, kernel), padding=padding)(x)
+            x = nn.max_pool(nn.leaky_relu(x, self.slope), (2, 2), (2, 2))
+        x = nn.Dense(self.hidden)(x.reshape(x.shape[0], -1))
+        return nn.leaky_relu(x, self.slope)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "plain"),
+    [
+        ("cnn", SHAPE, _Plain(((32, 5, "SAME"), (64, 5, "SAME")), 512, 0.0)),
+        *(
+            (
+                "small_cnn",
+                shape,
+                _Plain(((16, 5, 0), (32, 5, 1), (64, 3, 1)), 128, 0.01),
+            )
+            for shape in (SHAPE, (32, 32, 3))
+        ),
+    ],
+)
+def test_cnns_equal_the_networks_written_in_flax(name, shape, plain):
+    model = models.build(name, shape, 10)
+    params = model.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (4, *shape))
+
+    def embed(body):
+        renamed = {key.replace("ConvPool", "Conv"): body[key] for key in body}
+        return plain.apply({"params": renamed}, x)
+
+    def gradient(embed):
+        return jax.grad(lambda p: jnp.sin(embed(p)).mean())(params["body"])
+
+    def own(body):
+        return model.embed({"body": body}, x)
+
+    chex.assert_trees_all_close(own(params["body"]), embed(params["body"]), atol=1e-5)
+    chex.assert_trees_all_close(gradient(own), gradient(embed), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dim", "body"),
+    [
+        ("mlp", SHAPE, 200, 784 * 200 + 200),
+        ("cnn", SHAPE, 512, 832 + 51264 + 3136 * 512 + 512),
+        ("small_cnn", SHAPE, 128, 416 + 12832 + 18496 + 256 * 128 + 128),
+        ("small_cnn", (32, 32, 3), 128, 1216 + 12832 + 18496 + 576 * 128 + 128),
+        ("resnet8", (32, 32, 3), 64, 77_392),
+        ("resnet18", (32, 32, 3), 512, 11_168_832),
+    ],
+)
+def test_sizes(name, shape, dim, body):
+    model = models.build(name, shape, 10)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert set(params) == {"body", "head"}
+    assert model.dim == dim
+    assert _size(params["body"]) == body
+    assert _size(params["head"]) == (dim + 1) * 10
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_equal_configurations_are_the_same_object(name):
+    assert models.build(name, list(SHAPE), 10) is models.build(name, SHAPE, 10)
+    assert models.build(name, SHAPE, 10) != models.build(name, SHAPE, 9)
+    assert hash(models.build(name, SHAPE, 10))
+
+
+def test_a_model_is_a_static_argument_that_compiles_once():
+    @chex.assert_max_traces(n=1)
+    def apply(model, params, x):
+        return model.apply(params, x)
+
+    apply = jax.jit(apply, static_argnums=0)
+    for _ in range(2):
+        model = models.build("mlp", (4,), 2)
+        apply(model, model.init(jax.random.key(0)), jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("name", ["mlp", "small_cnn", "resnet8"])
+def test_stacked_clients_equal_clients_one_by_one(name):
+    model = models.build(name, (16, 16, 1), 3)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(jax.random.key(1), (2, 2, 16, 16, 1))
+    params = jax.vmap(model.init)(keys)
+    stacked = jax.vmap(model.apply)(params, x)
+    for client in range(2):
+        alone = model.init(keys[client])
+        chex.assert_trees_all_close(
+            stacked[client], model.apply(alone, x[client]), atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["mlp", "small_cnn", "resnet8"])
+def test_a_few_steps_fit_a_few_samples(name):
+    model = models.build(name, (16, 16, 1), 4)
+    x = jax.random.normal(jax.random.key(1), (4, 16, 16, 1))
+    y = jnp.arange(4)
+
+    def loss(params):
+        logits = model.apply(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    optimiser = optax.adam(1e-2)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimiser.update(jax.grad(loss)(params), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = model.init(jax.random.key(0))
+    carry = (params, optimiser.init(params))
+    (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=30))(carry)
+    assert loss(params) < 0.05
+
+
+def test_embedding_does_not_read_the_head_nor_the_head_the_body():
+    model = models.build("mlp", (4,), 2)
+    params = model.init(jax.random.key(0))
+    z = model.embed({"body": params["body"]}, jnp.ones((3, 4)))
+    assert model.head({"head": params["head"]}, z).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("smal_cnn", SHAPE, 10), "did you mean 'small_cnn'"),
+        (("small_cnn", (6, 6, 1), 10), r"\(6, 6, 1\).*window 5x5"),
+        (("cnn", (3, 3, 1), 10), r"\(3, 3, 1\).*max-pooling"),
+        (("cnn", (784,), 10), "3 axes"),
+        (("resnet8", (28, 28), 10), "3 axes"),
+        (("mlp", SHAPE, 0), "num_classes must be >= 1, got 0"),
+        (("mlp", (0,), 2), "every axis of a sample must be >= 1, got 0"),
+    ],
+)
+def test_bad_configurations_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(*arguments)
+
+
+def test_widths_must_be_positive():
+    with pytest.raises(ValueError, match="hidden must be >= 1, got 0"):
+        models.mlp((4,), 2, hidden=0)
+    with pytest.raises(ValueError, match="width must be >= 1, got -1"):
+        models.resnet8(SHAPE, 10, width=-1)
