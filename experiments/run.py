@@ -7,8 +7,10 @@ Dirichlet(0.1), beside local-only training and FedAvg.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import app, flags
 
@@ -28,14 +30,17 @@ SET = flags.DEFINE_multi_string(
 _DEFINE = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
-    tuple: flags.DEFINE_list,
     str: flags.DEFINE_string,
     type(None): flags.DEFINE_string,
 }
 for field in dataclasses.fields(Config):
     if field.name != "hyperparameters":
         default = getattr(Config(), field.name)
-        _DEFINE[type(default)](field.name, default, field.metadata["help"])
+        text = field.metadata["help"]
+        if isinstance(default, tuple):
+            flags.DEFINE_list(field.name, list(default), text)
+        else:
+            _DEFINE[type(default)](field.name, default, text)
 
 
 def read_config() -> Config:
@@ -63,20 +68,25 @@ def main(argv: Sequence[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"flags begin with --, got {' '.join(argv[1:])}")
+        # Where no accelerator is, JAX tells of every one that it looked for.
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         execution.use_cores()
         experiment.run(read_config(), WORKDIR.value, resume=RESUME.value)
     except (ValueError, FloatingPointError) as error:
-        text = " ".join(str(error).split())
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        _fail(error, 2 if isinstance(error, ValueError) else 1)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv, known_only=False)
     except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error, 2)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    """Exit with the error on one line."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def cli() -> None:

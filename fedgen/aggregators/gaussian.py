@@ -197,7 +197,8 @@ def merge(stats: Statistics) -> Statistics:
     share = _divide(stats.count, count[None])
     local = jnp.where(present[..., None], stats.mean, 0)
     mean = _einsum("mc,mcd->cd", share, local)
-    scatter = jnp.sum(stats.scatter, axis=0) + _mean_scatter(stats, mean)
+    scatter = jnp.sum(stats.scatter, axis=0)
+    scatter = scatter + _mean_scatter(stats.count, local, mean)
     return Statistics(count, mean, scatter)
 
 
@@ -223,11 +224,10 @@ def merge_two(a: Statistics, b: Statistics) -> Statistics:
     return Statistics(count, mean, a.scatter + b.scatter + between)
 
 
-def _mean_scatter(stats: Statistics, center: jax.Array) -> jax.Array:
+def _mean_scatter(count: jax.Array, mean: jax.Array, center: jax.Array) -> jax.Array:
     """Sum `n_ic (zbar_ic - m_c)(zbar_ic - m_c)^T` over clients and classes, [d, d]."""
-    present = stats.count[..., None] > 0
-    delta = jnp.where(present, stats.mean - center[None], 0)
-    return _einsum("mcd,mce->de", stats.count[..., None] * delta, delta)
+    delta = jnp.where(count[..., None] > 0, mean - center[None], 0)
+    return _einsum("mcd,mce->de", count[..., None] * delta, delta)
 
 
 def degrees_of_freedom(count: jax.Array) -> jax.Array:
@@ -284,27 +284,32 @@ class _Moments(NamedTuple):
 
 
 def _between_moments(
-    stats: Statistics, global_mean: jax.Array | None, within: jax.Array
+    stats: Statistics,
+    global_mean: jax.Array | None,
+    within: jax.Array,
+    noise: jax.Array | None,
 ) -> _Moments:
-    _check_statistics(stats, "m", "stats")
+    if noise is None:
+        _check_statistics(stats, "m", "stats")
+        freedom = jnp.sum(degrees_of_freedom(stats.count))
+        noise = jnp.where(freedom > 0, within_covariance(stats), within)
+    count = stats.count
+    total = jnp.sum(count, axis=0)
+    local = jnp.where(count[..., None] > 0, stats.mean, 0)
     if global_mean is None:
-        global_mean = merge(stats).mean
+        global_mean = _einsum("mc,mcd->cd", _divide(count, total[None]), local)
     _check_shapes(
-        **{"stats.mean": (stats.mean, "mcd")},
+        **{"stats.count": (count, "mc"), "stats.mean": (stats.mean, "mcd")},
         global_mean=(global_mean, "cd"),
         within=(within, "dd"),
+        noise=(noise, "dd"),
     )
-    freedom = jnp.sum(degrees_of_freedom(stats.count))
-    noise = jnp.where(freedom > 0, within_covariance(stats), within)
-    holders = jnp.sum(stats.count > 0, axis=0)
+    holders = jnp.sum(count > 0, axis=0)
     contrasts = jnp.sum(jnp.maximum(holders - 1, 0)).astype(noise.dtype)
-    total = jnp.sum(stats.count, axis=0)
-    size = jnp.sum(total - _divide(jnp.sum(stats.count**2, axis=0), total))
+    size = jnp.sum(total - _divide(jnp.sum(count**2, axis=0), total))
     # A class with a single holder has no contrast: rounding must not give it one.
-    shared = Statistics(
-        jnp.where(holders[None] > 1, stats.count, 0), stats.mean, stats.scatter
-    )
-    excess = _mean_scatter(shared, global_mean) - contrasts * noise
+    shared = jnp.where(holders[None] > 1, count, 0)
+    excess = _mean_scatter(shared, local, global_mean) - contrasts * noise
     return _Moments(excess, noise, jnp.where(contrasts > 0, size, 0))
 
 
@@ -313,6 +318,7 @@ def between_scale(
     global_mean: jax.Array | None,
     within: jax.Array,
     *,
+    noise: jax.Array | None = None,
     fallback: float = 0.1,
 ) -> jax.Array:
     """Estimate beta in `B = beta Sigma`, the spread of class means between clients.
@@ -326,13 +332,14 @@ def between_scale(
       stats: Leaves `[m, ...]`.
       global_mean: `[c, d]`, as in `between_covariance`.
       within: `[d, d]`, positive definite.
+      noise: `[d, d]`, as in `between_covariance`.
       fallback: Result if no class has two holders.
 
     Returns:
       `[]`, at least 0; a negative estimate, which is ordinary if there is no shift
       between clients, becomes 0 and the gain with it.
     """
-    moments = _between_moments(stats, global_mean, within)
+    moments = _between_moments(stats, global_mean, within, noise)
     factor = jnp.linalg.cholesky(within)
     excess, unit = (
         jnp.trace(cho_solve((factor, True), x)) for x in (moments.excess, moments.noise)
@@ -347,6 +354,7 @@ def between_covariance(
     within: jax.Array,
     *,
     form: str = "scalar",
+    noise: jax.Array | None = None,
     fallback: float = 0.1,
 ) -> jax.Array:
     """Estimate the covariance B of class means between clients from moments.
@@ -369,6 +377,8 @@ def between_covariance(
       form: "scalar" for `beta within` with one non-negative `beta`, see
         `between_scale`; "diagonal", negative entries clipped; "full", projected to
         the positive semi-definite matrices.
+      noise: `[d, d]`, the covariance within where it is known already; then the scatters
+        are not read and `stats.scatter` may be anything.
       fallback: The result is `fallback * within`, or its diagonal, if no class has two
         holders.
 
@@ -381,9 +391,9 @@ def between_covariance(
         )
     _check_number("fallback", fallback, 0)
     if form == "scalar":
-        beta = between_scale(stats, global_mean, within, fallback=fallback)
+        beta = between_scale(stats, global_mean, within, noise=noise, fallback=fallback)
         return jax.lax.stop_gradient(beta * within)
-    moments = _between_moments(stats, global_mean, within)
+    moments = _between_moments(stats, global_mean, within, noise)
     known = moments.size > 0
     raw = jnp.where(known, _divide(moments.excess, moments.size), fallback * within)
     raw = jax.lax.stop_gradient(raw)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedgen.aggregators import gaussian
 from fedgen.core import fit
@@ -50,6 +53,45 @@ def measure_folds(
 
     empty = gaussian.empty_statistics(context.num_classes, context.model.dim)
     return fit.fold(add, (empty, empty), data, batch_size)
+
+
+def cross_validate(
+    context: Context,
+    params: Params,
+    data: Data,
+    batch_size: int,
+    heads: Iterable[tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """Score linear heads on the half of a client's samples that they were not fit to.
+
+    Args:
+      context: Model and number of classes.
+      params: Weights of the extractor.
+      data: The client's samples.
+      batch_size: Samples `b` looked at together.
+      heads: Per half of `measure_folds`, kernels `[g, d, c]` and biases `[g, c]` of
+        `g` candidates fit to it.
+
+    Returns:
+      `[g]` cross entropy, summed over all samples.
+    """
+    heads = tuple(heads)
+
+    def add(carry, batch):
+        total, seen = carry
+        z = context.model.embed(params, batch.x)
+        second = fold_of(batch.y, batch.mask, seen)
+        for (kernel, bias), others in zip(heads, (second, 1 - second), strict=True):
+            logits = jnp.einsum("bd,gdc->gbc", z, kernel) + bias[:, None]
+            loss = optax.losses.softmax_cross_entropy_with_integer_labels(
+                logits, jnp.broadcast_to(batch.y, logits.shape[:-1])
+            )
+            total = total + loss @ (others * batch.mask)
+        member = jax.nn.one_hot(batch.y, context.num_classes)
+        return total, seen + batch.mask @ member
+
+    start = (jnp.zeros(heads[0][1].shape[0]), jnp.zeros(context.num_classes))
+    return fit.fold(add, start, data, batch_size)[0]
 
 
 def fold_of(y: jax.Array, mask: jax.Array, seen: jax.Array) -> jax.Array:

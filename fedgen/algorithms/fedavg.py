@@ -3,8 +3,8 @@
 McMahan et al., "Communication-Efficient Learning of Deep Networks from
 Decentralized Data", AISTATS 2017, Algorithm 1. With another server optimiser than
 `optax.sgd(1.0)`: Reddi et al., "Adaptive Federated Optimization", ICLR 2021,
-Algorithms 1 and 2. optax corrects the bias of the moments and starts them at 0; the
-paper does not correct and starts the second one at tau^2.
+Algorithms 1 and 2. There the second moment starts at tau^2 and nothing is corrected
+for bias; optax corrects, and starts moments at 0 (Adam) or 1e-6 (Yogi).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def fedavg(
             pseudo_gradient, server.opt_state, server.params
         )
         params = optax.apply_updates(server.params, updates)
-        return Server(params, opt_state), {"delta_norm": optax.global_norm(delta)}
+        return Server(params, opt_state), {"delta_norm": optax.tree.norm(delta)}
 
     def predict(context, server, client, x):
         del client

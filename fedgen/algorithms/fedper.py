@@ -48,7 +48,7 @@ def fedper(optimizer: optax.GradientTransformation, schedule: Schedule) -> Algor
         (upload,) = uploads
         delta = upload.message.value
         body = optax.apply_updates(body, delta)
-        return body, {"delta_norm": optax.global_norm(delta)}
+        return body, {"delta_norm": optax.tree.norm(delta)}
 
     def predict(context, body, head, x):
         return context.model.apply({"body": body, "head": head}, x)

@@ -48,11 +48,10 @@ class Server(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A linear discriminant, and where between global (0) and local (1) it lies."""
+    """A linear discriminant."""
 
     kernel: jax.Array  # [d, c]
     bias: jax.Array  # [c]
-    share: jax.Array  # [2] (b_m, b_c)
 
 
 def pfedfda(
@@ -87,9 +86,8 @@ def pfedfda(
     if grid < 2:
         raise ValueError(f"grid must be >= 2, got {grid}")
     ticks = jnp.linspace(0.0, 1.0, grid)
-    second = ticks[:, None] if single_beta else jnp.broadcast_to(ticks, (grid, grid))
-    first = jnp.broadcast_to(ticks[:, None], second.shape)
-    shares = jnp.stack([first.reshape(-1), second.reshape(-1)], axis=-1)  # [g, 2]
+    pairs = (ticks, ticks) if single_beta else jnp.meshgrid(ticks, ticks, indexing="ij")
+    shares = jnp.stack(pairs, axis=-1).reshape(-1, 2)  # [g, 2] (b_m, b_c)
 
     def init(key, federation):
         model = federation.only_model("pFedFDA")
@@ -136,24 +134,9 @@ def pfedfda(
                 lambda share: discriminant(interpolate(share, own, prior), count)
             )(shares)
 
-        # Each half's heads, one per candidate, are scored on the other half.
-        heads = [candidates(half) for half in halves]
-
-        def score(carry, batch):
-            total, seen = carry
-            z = context.model.embed(params, batch.x)
-            second = _statistics.fold_of(batch.y, batch.mask, seen)
-            for (kernel, bias), mask in zip(heads, (second, 1 - second), strict=True):
-                logits = jnp.einsum("bd,gdc->gbc", z, kernel) + bias[:, None]
-                loss = optax.losses.softmax_cross_entropy_with_integer_labels(
-                    logits, jnp.broadcast_to(batch.y, logits.shape[:-1])
-                )
-                total = total + loss @ (mask * batch.mask)
-            member = jax.nn.one_hot(batch.y, context.num_classes)
-            return total, seen + batch.mask @ member
-
-        start = (jnp.zeros(len(shares)), jnp.zeros(context.num_classes))
-        loss, _ = fit.fold(score, start, data, schedule.batch_size)
+        loss = _statistics.cross_validate(
+            context, params, data, schedule.batch_size, map(candidates, halves)
+        )
         # A covariance too singular for a head is no candidate.
         best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
         own = estimate(gaussian.merge_two(*halves), prior)
@@ -181,15 +164,12 @@ def pfedfda(
         (upload,) = uploads
         delta = upload.message.value
         body = optax.apply_updates(server.body, delta)
-        return server._replace(body=body), {"delta_norm": optax.global_norm(delta)}
+        return server._replace(body=body), {"delta_norm": optax.tree.norm(delta)}
 
     def send_gaussians(context, key, client, server, data):
         del key
         share, adapted, count = adapt(context, server, data)
-        message = (
-            Mean(adapted.mean, count[:, None]),
-            Mean(adapted.cov, jnp.sum(count)),
-        )
+        message = Mean(adapted.mean, count[:, None]), Mean(adapted.cov, data.size)
         metrics = {"beta_mean": share[0], "beta_cov": share[1], "steps": jnp.int32(0)}
         return client, message, metrics
 
@@ -206,8 +186,8 @@ def pfedfda(
 
     def personalise(context, key, client, server, data):
         del key, client
-        share, adapted, count = adapt(context, server, data)
-        return Head(*discriminant(adapted, count), share)
+        _, adapted, count = adapt(context, server, data)
+        return Head(*discriminant(adapted, count))
 
     def predict(context, server, head, x):
         z = context.model.embed({"body": server.body}, x)

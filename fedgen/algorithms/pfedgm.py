@@ -24,6 +24,7 @@ makes up for training features being more compact than test features.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -31,13 +32,14 @@ import jax.numpy as jnp
 import optax
 
 from fedgen.aggregators import gaussian
+from fedgen.algorithms import _statistics
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm, Exchange, Mean
 from fedgen.core.federation import Params
 from fedgen.core.fit import Schedule
 
 NAVIGATORS = ("gaussian", "linear")
-GAINS = ("scalar", "diagonal", "full", "global", "local")
+GAINS = (*gaussian.BETWEEN_FORMS, "global", "local")
 INFERENCES = ("plugin", "predictive")
 
 
@@ -105,6 +107,20 @@ def pfedgm(
     _check("navigator", navigator, NAVIGATORS)
     _check("gain", gain, GAINS)
     _check("inference", inference, INFERENCES)
+    for name, value, low, high in (
+        ("pull", pull, 0, math.inf),
+        ("resampling", resampling, 0, 1),
+        ("covariance_strength", covariance_strength, 0, math.inf),
+        ("shrinkage", shrinkage, 0, 1),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    for name, value in (
+        ("prior_concentration", prior_concentration),
+        ("temperature", temperature),
+    ):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
     def init(key, federation):
         model = federation.only_model("pFedGM")
@@ -117,20 +133,11 @@ def pfedgm(
         params, anchors = trained
         if navigator == "linear":
             return context.model.head(params, z)
-        return z @ anchors.T - jnp.sum(anchors**2, -1) / 2
+        return z @ anchors.T - jnp.sum(anchors**2, -1)[None] / 2
 
     def measure(context, params, data):
-        """Compute T_i = (n_ic, zbar_ic, S_i) of all samples, batch by batch."""
-
-        def add(statistics, batch):
-            z = context.model.embed(params, batch.x)
-            return gaussian.merge_two(
-                statistics,
-                gaussian.class_statistics(z, batch.y, batch.mask, context.num_classes),
-            )
-
-        empty = gaussian.empty_statistics(context.num_classes, context.model.dim)
-        return fit.fold(add, empty, data, schedule.batch_size)
+        """Compute T_i = (n_ic, zbar_ic, S_i) of all samples, none of them re-sampled."""
+        return _statistics.measure(context, params, data, schedule.batch_size)
 
     def personal_mean(belief, statistics):
         """Fuse the class means, mu_ic [c, d]."""
@@ -158,22 +165,23 @@ def pfedgm(
             # Without statistics there is nothing to be pulled to yet.
             known = jnp.any(server.belief.count > 0).astype(jnp.float32)
 
+        count = fit.class_counts(data, context.num_classes, schedule.batch_size)
+        weight = _class_weights(count, resampling)
+
         def loss(trained, batch, key):
             del key
             z = context.model.embed(trained[0], batch.x)
             each = optax.losses.softmax_cross_entropy_with_integer_labels(
                 navigate(context, trained, z), batch.y
             )
-            shared = fit.masked_mean(each, batch.mask)
-            if not pull:
-                return shared
-            gap = jnp.sum((z - target[batch.y]) ** 2, -1) / (2 * z.shape[-1])
-            return shared + pull * known * fit.masked_mean(gap, batch.mask)
+            if pull:
+                gap = jnp.sum((z - target[batch.y]) ** 2, -1) / (2 * z.shape[-1])
+                each += pull * known * gap
+            return fit.masked_mean(weight[batch.y] * each, batch.mask)
 
         start = (server.params, server.anchors)
         trained, metrics = fit.fit(loss, optimizer, start, key, data, schedule)
         params, anchors = jax.tree.map(jnp.subtract, trained, start)
-        count = fit.class_counts(data, context.num_classes, schedule.batch_size)
         message = (Mean(params, data.size), Mean(anchors, count[:, None]))
         return client, message, metrics
 
@@ -189,25 +197,30 @@ def pfedgm(
     def send_statistics(context, key, client, params, data):
         del key
         statistics = measure(context, params, data)
-        return client, statistics, {"steps": jnp.int32(0)}
+        freedom = gaussian.degrees_of_freedom(statistics.count)  # n_i - C_i
+        within = statistics.scatter / jnp.maximum(freedom, 1.0)
+        message = (statistics.count, statistics.mean, Mean(within, freedom))
+        return client, message, {"steps": jnp.int32(0)}
 
     def fuse_globally(context, key, server, uploads):
-        del context, key
+        del key
         (upload,) = uploads
-        merged = gaussian.merge(upload.message)
-        seen = merged.count > 0
-        mean = jnp.where(seen[:, None], merged.mean, server.belief.mean)
-        within = gaussian.shrink(gaussian.within_covariance(upload.message), shrinkage)
-        between = jnp.zeros_like(within)
-        if gain in ("scalar", "diagonal", "full"):
+        count, mean, within = upload.message
+        total = jnp.sum(count, axis=0)  # N_c
+        pooled = jnp.einsum("mc,mcd->cd", count / jnp.maximum(total, 1.0)[None], mean)
+        seen = total > 0
+        pooled = jnp.where(seen[:, None], pooled, server.belief.mean)
+        noise = jnp.where(within.weight > 0, within.value, server.belief.within)
+        unit = gaussian.shrink(noise, shrinkage)
+        between = jnp.zeros_like(unit)
+        if gain in gaussian.BETWEEN_FORMS:
+            statistics = gaussian.Statistics(count, mean, None)
             between = gaussian.between_covariance(
-                upload.message, mean, within, form=gain
+                statistics, pooled, unit, form=gain, noise=noise
             )
-        belief = Belief(
-            mean, within, between, jnp.where(seen, merged.count, server.belief.count)
-        )
-        return server._replace(belief=belief), {
-            "within": jnp.trace(within),
+        total = jnp.where(seen, total, server.belief.count)
+        return server._replace(belief=Belief(pooled, unit, between, total)), {
+            "within": jnp.trace(unit),
             "between": jnp.trace(between),
         }
 
@@ -238,7 +251,12 @@ def pfedgm(
         z = context.model.embed(server.params, x)
         if inference == "predictive":
             return gaussian.predictive_logits(
-                z, head.mean, head.cov, head.mean_cov, head.log_prior, temperature=temperature
+                z,
+                head.mean,
+                head.cov,
+                head.mean_cov,
+                head.log_prior,
+                temperature=temperature,
             )
         return gaussian.plugin_logits(
             z, head.mean, head.cov, head.log_prior, temperature=temperature
@@ -264,6 +282,14 @@ def pfedgm(
         ),
         predict_global=predict_global,
     )
+
+
+def _class_weights(count: jax.Array, resampling: float) -> jax.Array:
+    """Weigh classes as if drawn in proportion to `n_c ** gamma`; `[c]`, mean 1."""
+    present = count > 0
+    share = jnp.where(present, jnp.maximum(count, 1.0) ** resampling, 0.0)
+    share = share / jnp.maximum(jnp.sum(share), 1.0)  # q_i(c)
+    return jnp.where(present, share * jnp.sum(count) / jnp.maximum(count, 1.0), 0.0)
 
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:

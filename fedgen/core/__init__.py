@@ -1,0 +1,1 @@
+"""The engine: federations, rounds, execution, evaluation, checkpoints."""

@@ -25,7 +25,7 @@ class Checkpoints:
 
     A checkpoint becomes visible by a rename, so a killed run never leaves half of
     one. Each carries a digest of its arrays: what was truncated or altered on disk is
-    reported, and the one before it is used.
+    reported, and the one before it is used. A context manager.
     """
 
     def __init__(self, folder: epath.PathLike) -> None:
@@ -33,7 +33,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=2, create=True, enable_async_checkpointing=False
+                max_to_keep=2,
+                create=True,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=False,
             ),
         )
 
@@ -49,17 +52,21 @@ class Checkpoints:
         )
 
     def restore(
-        self, like: State, warn: Callable[[str], None]
+        self, like: State, warn: Callable[[str], None], last_round: int | None = None
     ) -> tuple[State, dict[str, Any]] | None:
         """Read the newest sound checkpoint, or return None if there is none.
 
         Args:
           like: A state, or shapes with shardings, of the structure that was saved.
-          warn: Called with a sentence for every checkpoint that is damaged. Those
-            are deleted, so that the resumed run can write the same rounds again.
+          warn: Called with a sentence for every checkpoint that cannot be used. Those
+            are renamed to `ROUND.unused`, so that the resumed run can write the same
+            rounds again.
+          last_round: Use no checkpoint of a later round; None allows all.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
+                if last_round is not None and step > last_round:
+                    raise ValueError(f"the metrics end at round {last_round}")
                 found = self._manager.restore(
                     step,
                     args=ocp.args.Composite(
@@ -75,17 +82,26 @@ class Checkpoints:
             except Exception as error:  # noqa: BLE001
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 warn(
-                    f"checkpoint of round {step} in {self.folder} is damaged and was "
-                    f"left out: {reason[0][:200]}"
+                    f"the checkpoint of round {step} in {self.folder} cannot be used: "
+                    f"{reason[0][:200]}"
                 )
-                self._manager.delete(step)
+                self._set_aside(step)
             else:
                 return found.state, found.info
         return None
 
-    def close(self) -> None:
-        """Release the folder."""
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._manager.close()
+
+    def _set_aside(self, step: int) -> None:
+        unused = self.folder / f"{step}.unused"
+        if unused.exists():
+            unused.rmtree()
+        (self.folder / str(step)).rename(unused)
+        self._manager.reload()
 
 
 def digest(state: State) -> str:

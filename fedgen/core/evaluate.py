@@ -100,23 +100,55 @@ def make_adapt(algorithm: Algorithm, execution: Execution) -> Callable[..., Stat
         _, clients = algorithm.init(key, federation)
         adapted = []
         for k, cohort in enumerate(federation.cohorts):
-            context = federation.context(k)
-
-            def one(id_, start, size, client, context=context, cohort=cohort):
-                data = Data(federation.pool, cohort.order, start, size, jnp.float32(1))
-                message = algorithm.download(context, state.server, id_)
-                return algorithm.local(
-                    context, jax.random.fold_in(key, id_), client, message, data
-                )[0]
-
+            run = execution_lib.on_shards(
+                functools.partial(
+                    _adapt, algorithm, cohort.model, federation.num_classes, execution
+                ),
+                execution.mesh,
+                whole=range(5),
+            )
             adapted.append(
-                execution_lib.map_clients(one, execution.chunk)(
-                    cohort.ids, cohort.train.start, cohort.train.size, clients[k]
+                run(
+                    state.server,
+                    federation.pool,
+                    federation.public,
+                    cohort.order,
+                    key,
+                    cohort.ids,
+                    cohort.train,
+                    clients[k],
                 )
             )
         return State(state.round, state.server, tuple(adapted))
 
     return adapt
+
+
+def _adapt(
+    algorithm: Algorithm,
+    model: Model,
+    num_classes: int,
+    execution: Execution,
+    server: PyTree,
+    pool: PyTree,
+    public: PyTree,
+    order: jax.Array,
+    key: jax.Array,
+    ids: jax.Array,
+    train: PyTree,
+    clients: PyTree,
+) -> PyTree:
+    """Let the clients that this device holds train once, and keep their states."""
+    context = Context(model, num_classes, public)
+
+    def one(id_, rows, client):
+        data = Data(pool, order, rows.start, rows.size, jnp.float32(1))
+        message = algorithm.download(context, server, id_)
+        return algorithm.local(
+            context, jax.random.fold_in(key, id_), client, message, data
+        )[0]
+
+    return execution_lib.map_clients(one, execution.chunk)(ids, train, clients)
 
 
 def _score(

@@ -71,35 +71,43 @@ def init_state(
 
     Equal keys give equal initial weights to all algorithms. With a mesh, clients
     are created on the devices that hold them.
+
+    Raises:
+      ValueError: If the client state is not one tree per cohort, leaves `[n, ...]`.
     """
 
-    @functools.partial(
-        jax.jit, out_shardings=execution_lib.state_shardings(execution.mesh)
-    )
     def init(key, federation):
         server, clients = algorithm.init(key, federation)
         return State(jnp.zeros((), jnp.int32), server, clients)
 
-    state = init(key, federation)
-    for cohort, clients in zip(federation.cohorts, state.clients, strict=True):
-        for leaf in jax.tree.leaves(clients):
+    _check_clients(federation, jax.eval_shape(init, key, federation).clients)
+    shardings = execution_lib.state_shardings(execution.mesh)
+    return jax.jit(init, out_shardings=shardings)(key, federation)
+
+
+def _check_clients(federation: Federation, clients: tuple[PyTree, ...]) -> None:
+    if len(clients) != len(federation.cohorts):
+        raise ValueError(
+            f"client state must have one entry for each of {len(federation.cohorts)} "
+            f"cohorts, got {len(clients)}"
+        )
+    for cohort, stacked in zip(federation.cohorts, clients, strict=True):
+        for leaf in jax.tree.leaves(stacked):
             if leaf.shape[:1] != (cohort.num_clients,):
                 raise ValueError(
                     f"client state must have a leading axis of {cohort.num_clients} "
                     f"clients, got shape {leaf.shape}"
                 )
-    return state
 
 
-def make_round(
-    algorithm: Algorithm, sampler: Sampler, execution: Execution
-) -> RoundFn:
+def make_round(algorithm: Algorithm, sampler: Sampler, execution: Execution) -> RoundFn:
     """Build one round as a pure function `(state, federation, key)`."""
 
     def round_fn(state, federation, key):
-        sample_key, *keys = jax.random.split(
-            jax.random.fold_in(key, state.round), 1 + 2 * len(algorithm.exchanges)
-        )
+        # By number and not by one split, so that algorithms with fewer exchanges get
+        # the same keys for those they have.
+        role = functools.partial(jax.random.fold_in, jax.random.fold_in(key, state.round))
+        sample_key, *keys = map(role, range(1 + 2 * len(algorithm.exchanges)))
         drawn = sampler(sample_key, federation)
         contexts = tuple(map(federation.context, range(len(federation.cohorts))))
         server, clients = state.server, list(state.clients)
@@ -113,7 +121,11 @@ def make_round(
             for k, cohort in enumerate(federation.cohorts):
                 run = execution_lib.on_shards(
                     functools.partial(
-                        _visit, exchange, cohort.model, federation.num_classes, execution
+                        _visit,
+                        exchange,
+                        cohort.model,
+                        federation.num_classes,
+                        execution,
                     ),
                     execution.mesh,
                     whole=range(6),
@@ -310,7 +322,9 @@ def traffic(
     """Read the bytes of a round off the shapes of its messages, per cohort."""
 
     def messages(exchange, context, server, client, order):
-        pool = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), federation.pool)
+        pool = jax.tree.map(
+            lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), federation.pool
+        )
         zero = jnp.int32(0)
         data = Data(pool, order, zero, zero, jnp.float32(1))
         down = exchange.download(context, server, zero)

@@ -28,7 +28,6 @@ def make_block(
     Returns:
       `(state, federation, key, rounds [] int32) -> (state, reports [length, ...])`.
     """
-
     shardings = state_shardings(execution.mesh)
 
     @functools.partial(
@@ -36,9 +35,7 @@ def make_block(
     )
     def block(state, federation, key, rounds):
         shapes = jax.eval_shape(round_fn, state, federation, key)[1]
-        reports = jax.tree.map(
-            lambda a: jnp.zeros((length, *a.shape), a.dtype), shapes
-        )
+        reports = jax.tree.map(lambda a: jnp.zeros((length, *a.shape), a.dtype), shapes)
 
         def body(i, carry):
             state, reports = carry
@@ -69,6 +66,7 @@ def simulate(
       The state, and the reports of the block's rounds as NumPy arrays.
 
     Raises:
+      ValueError: If the block was compiled for fewer rounds than `rounds_per_block`.
       FloatingPointError: If a metric or the server's state is not finite.
     """
     start = int(state.round)
@@ -76,6 +74,11 @@ def simulate(
         stop = min(num_rounds, (start // rounds_per_block + 1) * rounds_per_block)
         done = slice(stop - start)
         state, reports = block(state, federation, key, jnp.int32(done.stop))
+        if reports.steps.shape[0] < done.stop:
+            raise ValueError(
+                f"rounds_per_block must be <= {reports.steps.shape[0]}, the length of "
+                f"the block, got {rounds_per_block}"
+            )
         reports = jax.tree.map(operator.itemgetter(done), jax.device_get(reports))
         check_finite(state, reports, start)
         yield state, reports

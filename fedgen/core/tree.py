@@ -44,9 +44,7 @@ def weighted_mean(tree: PyTree, weight: jax.Array, default: PyTree = None) -> Py
     """
     total = jnp.sum(weight)
     share = weight / jnp.where(total > 0, total, 1.0)
-    mean = jax.tree.map(
-        lambda a: jnp.tensordot(share.astype(a.dtype), a, axes=1), tree
-    )
+    mean = jax.tree.map(lambda a: jnp.tensordot(share.astype(a.dtype), a, axes=1), tree)
     if default is None:
         return mean
     return jax.tree.map(lambda a, b: jnp.where(total > 0, a, b), mean, default)

@@ -218,7 +218,8 @@ class Conv(nn.Module):
         )
         y = convolve(x, kernel, self.strides, self.padding)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y += jnp.expand_dims(bias, (0, 1, 2))
         return y
 
 
@@ -247,7 +248,8 @@ class ConvPool(nn.Module):
             (*self.kernel_size, x.shape[-1], self.features),
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return convolve_pool(x, kernel, self.padding) + bias
+        y = convolve_pool(x, kernel, self.padding)
+        return y + jnp.expand_dims(bias, (0, 1, 2))
 
 
 def assemble(

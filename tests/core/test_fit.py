@@ -139,9 +139,7 @@ def loss(params, batch, key):
 
 
 PARAMS = {"w": jnp.array([0.3, -0.2, 0.1]), "b": jnp.array([0.5])}
-OPTIMIZER = optax.chain(
-    optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9)
-)
+OPTIMIZER = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9))
 
 
 @pytest.mark.parametrize("schedule", [Schedule(4, 3), Schedule(4, steps=6)])

@@ -16,10 +16,15 @@ TOLERANCE = 1e-5
 
 def _values_and_gradients(module, params, x, cotangent_key):
     """Outputs, and gradients with respect to parameters and input."""
-    y, pull = jax.vjp(lambda p, x: module.apply({"params": p}, x), params, x)
-    # Divided by the positions, so that the kernel's gradient is of order one.
-    weight = jax.random.normal(cotangent_key, y.shape) / np.prod(y.shape[:3])
-    return y, pull(weight)
+
+    @jax.jit
+    def both(params, x):
+        y, pull = jax.vjp(lambda p, x: module.apply({"params": p}, x), params, x)
+        # Divided by the positions, so that the kernel's gradient is of order one.
+        weight = jax.random.normal(cotangent_key, y.shape) / np.prod(y.shape[:3])
+        return y, pull(weight)
+
+    return both(params, x)
 
 
 def _images(shape, background=0.5):
@@ -138,7 +143,7 @@ def test_kernels_and_gradients_under_vmap_equal_flax_client_by_client(kernel):
     stacked = jax.jit(jax.vmap(jax.value_and_grad(loss(ours, lambda p: p), (0, 1))))(
         params, x
     )
-    reference = jax.value_and_grad(loss(theirs, lambda p: {"c": p}), (0, 1))
+    reference = jax.jit(jax.value_and_grad(loss(theirs, lambda p: {"c": p}), (0, 1)))
     for client in range(clients):
         own, images = jax.tree.map(lambda leaf, i=client: leaf[i], (params, x))
         chex.assert_trees_all_close(
@@ -160,7 +165,7 @@ def test_second_order_gradients_equal_those_of_flax():
         def norm(p):
             return sum((g**2).sum() for g in jax.tree.leaves(jax.grad(loss)(p)))
 
-        return jax.grad(norm)(params)
+        return jax.jit(jax.grad(norm))(params)
 
     chex.assert_trees_all_close(curvature(ours), curvature(theirs), atol=TOLERANCE)
 

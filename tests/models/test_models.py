@@ -50,7 +50,7 @@ class _Plain(nn.Module):
 )
 def test_cnns_equal_the_networks_written_in_flax(name, shape, plain):
     model = models.build(name, shape, 10)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (4, *shape))
 
     def embed(body):
@@ -58,7 +58,7 @@ def test_cnns_equal_the_networks_written_in_flax(name, shape, plain):
         return plain.apply({"params": renamed}, x)
 
     def gradient(embed):
-        return jax.grad(lambda p: jnp.sin(embed(p)).mean())(params["body"])
+        return jax.jit(jax.grad(lambda p: jnp.sin(embed(p)).mean()))(params["body"])
 
     def own(body):
         return model.embed({"body": body}, x)
@@ -110,12 +110,11 @@ def test_stacked_clients_equal_clients_one_by_one(name):
     model = models.build(name, (16, 16, 1), 3)
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(jax.random.key(1), (2, 2, 16, 16, 1))
-    params = jax.vmap(model.init)(keys)
-    stacked = jax.vmap(model.apply)(params, x)
+    init, apply = jax.jit(model.init), jax.jit(model.apply)
+    stacked = jax.jit(jax.vmap(model.apply))(jax.jit(jax.vmap(model.init))(keys), x)
     for client in range(2):
-        alone = model.init(keys[client])
         chex.assert_trees_all_close(
-            stacked[client], model.apply(alone, x[client]), atol=1e-5
+            stacked[client], apply(init(keys[client]), x[client]), atol=1e-5
         )
 
 
@@ -136,7 +135,7 @@ def test_a_few_steps_fit_a_few_samples(name):
         updates, state = optimiser.update(jax.grad(loss)(params), state)
         return (optax.apply_updates(params, updates), state), None
 
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     carry = (params, optimiser.init(params))
     (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=30))(carry)
     assert loss(params) < 0.05

@@ -1,0 +1,233 @@
+"""pFedGM: the limits in which it is another method, and its pieces by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedgen.aggregators import gaussian
+from fedgen.algorithms import make
+from fedgen.core import evaluate, participation, rounds, simulate
+from fedgen.core.execution import Execution
+from fedgen.core.federation import Data
+from fedgen.core.fit import Schedule
+
+KEY = jax.random.key(3)
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module")
+def federation(toy_federation):
+    return toy_federation()
+
+
+def train(name, federation, schedule=Schedule(4, 1), num_rounds=ROUNDS, **options):
+    """Run some rounds, and return the algorithm and its final state."""
+    optimizer = optax.sgd(0.05, momentum=0.5)
+    algorithm = make(name, optimizer, schedule, options)
+    round_fn = rounds.make_round(algorithm, participation.full(), Execution(1))
+    block = simulate.make_block(round_fn, ROUNDS)
+    state = rounds.init_state(algorithm, federation, KEY)
+    state, reports = block(state, federation, KEY, jnp.int32(num_rounds))
+    return algorithm, state, reports
+
+
+@pytest.fixture(scope="module")
+def trained(federation):
+    return train("pfedgm", federation)
+
+
+def own_statistics(federation, params, client):
+    """Compute a client's statistics from its raw rows, in NumPy float64."""
+    (cohort,) = federation.cohorts
+    start, size = int(cohort.train.start[client]), int(cohort.train.size[client])
+    row = np.asarray(cohort.order)[start : start + size]
+    z = np.asarray(cohort.model.embed(params, federation.pool.x[row]), np.float64)
+    y = np.asarray(federation.pool.y)[row]
+    c = federation.num_classes
+    count = np.bincount(y, minlength=c)
+    mean = np.zeros((c, z.shape[1]))
+    for label in np.unique(y):
+        mean[label] = z[y == label].mean(0)
+    residual = z - mean[y]
+    return count, mean, residual.T @ residual
+
+
+def all_statistics(federation, params):
+    clients = range(federation.cohorts[0].num_clients)
+    stats = [own_statistics(federation, params, client) for client in clients]
+    return tuple(np.stack(part) for part in zip(*stats, strict=True))
+
+
+def head_of(algorithm, federation, state, client):
+    (cohort,) = federation.cohorts
+    data = Data(
+        federation.pool,
+        cohort.order,
+        cohort.train.start[client],
+        cohort.train.size[client],
+        jnp.float32(1),
+    )
+    context = federation.context(0)
+    message = algorithm.download(context, state.server, jnp.int32(client))
+    return algorithm.personalise(context, KEY, (), message, data)
+
+
+def test_a_linear_navigator_without_pull_is_fedavg_bit_for_bit(federation):
+    # Invariant j of the card: gamma = 1, lambda = 0, the model's own head.
+    _, fedavg, _ = train("fedavg", federation)
+    for name, options in (
+        ("pfedgm", {"navigator": "linear", "pull": 0.0}),
+        ("fedavg_gaussian", {}),
+    ):
+        _, ours, _ = train(name, federation, **options)
+        jax.tree.map(
+            np.testing.assert_array_equal, ours.server.params, fedavg.server.params
+        )
+
+
+def test_the_belief_is_that_of_the_averaged_extractor(federation, trained):
+    _, state, _ = trained
+    belief = state.server.belief
+    count, mean, scatter = all_statistics(federation, state.server.params)
+    total = count.sum(0)
+    pooled = np.einsum("ic,icd->cd", count, mean) / np.maximum(total, 1)[:, None]
+    freedom = np.maximum(count - 1, 0).sum()
+    within = scatter.sum(0) / freedom
+    d = within.shape[0]
+    shrunk = 0.99 * within + 0.01 * np.trace(within) / d * np.eye(d)
+    np.testing.assert_array_equal(belief.count, total)
+    np.testing.assert_allclose(belief.mean, pooled, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(belief.within, shrunk, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gain", gaussian.BETWEEN_FORMS)
+def test_between_covariance_is_the_moment_estimate(federation, gain):
+    _, state, _ = train("pfedgm", federation, gain=gain)
+    count, mean, scatter = all_statistics(federation, state.server.params)
+    stats = gaussian.Statistics(
+        *(jnp.asarray(a, jnp.float32) for a in (count, mean, scatter))
+    )
+    expected = gaussian.between_covariance(
+        stats, None, state.server.belief.within, form=gain
+    )
+    np.testing.assert_allclose(
+        state.server.belief.between, expected, rtol=2e-3, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize("gain", ["scalar", "full", "global", "local"])
+def test_the_personal_head_fuses_prior_and_likelihood(federation, gain):
+    algorithm, state, _ = train("pfedgm", federation, gain=gain)
+    belief, client = state.server.belief, 2
+    head = head_of(algorithm, federation, state, client)
+    count, mean, scatter = own_statistics(federation, state.server.params, client)
+    m, sigma, b = (np.asarray(a, np.float64) for a in belief[:3])
+    d = sigma.shape[0]
+    for c, n in enumerate(count):
+        if gain == "global" or n == 0:
+            expected = m[c]
+        elif gain == "local":
+            expected = mean[c]
+        else:
+            k = b @ np.linalg.inv(b + sigma / n)
+            expected = m[c] + k @ (mean[c] - m[c])
+        np.testing.assert_allclose(head.mean[c], expected, rtol=2e-3, atol=2e-3)
+    tau, freedom = 4.0 * d, np.maximum(count - 1, 0).sum()
+    expected = (tau * sigma + scatter) / (tau + freedom)
+    np.testing.assert_allclose(head.cov, expected, rtol=1e-3, atol=1e-4)
+    prior = (count + 0.1) / (count.sum() + 0.1 * len(count))
+    np.testing.assert_allclose(head.log_prior, np.log(prior), rtol=1e-5)
+
+
+def test_prediction_is_bayes_rule(federation, trained):
+    algorithm, state, _ = trained
+    context = federation.context(0)
+    head = head_of(algorithm, federation, state, 2)
+    x = federation.pool.x[:6]
+    logits = algorithm.predict(context, state.server, head, x)
+    z = np.asarray(context.model.embed(state.server.params, x), np.float64)
+    gap = z[:, None] - np.asarray(head.mean, np.float64)[None]
+    metric = np.linalg.inv(np.asarray(head.cov, np.float64))
+    score = -0.7 * np.einsum("bcd,de,bce->bc", gap, metric, gap) / 2
+    score += np.asarray(head.log_prior)[None]
+    expected = jax.nn.softmax(jnp.asarray(score, jnp.float32))
+    np.testing.assert_allclose(jax.nn.softmax(logits), expected, atol=2e-4)
+
+
+def test_plugin_and_predictive_agree_without_spread_between_clients(federation):
+    # With K = 0 the posterior covariance V is 0 and both are the same classifier.
+    scores = []
+    for inference in ("plugin", "predictive"):
+        algorithm, state, _ = train(
+            "pfedgm", federation, gain="global", inference=inference
+        )
+        head = head_of(algorithm, federation, state, 5)
+        context = federation.context(0)
+        logits = algorithm.predict(context, state.server, head, federation.pool.x[:8])
+        scores.append(jax.nn.softmax(logits))
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
+
+
+def test_the_pull_makes_classes_compact(federation):
+    _, _, without = train("pfedgm", federation, pull=0.0)
+    _, _, strong = train("pfedgm", federation, pull=5.0)
+    assert strong.metrics["server/within"][-1] < 0.8 * without.metrics["server/within"][-1]
+
+
+def test_resampling_balances_classes(federation):
+    """With gamma = 0 the first step weighs the classes of a client alike."""
+    algorithm, _, _ = train(
+        "pfedgm", federation, Schedule(64, 1), num_rounds=1, resampling=0.0, pull=0.0
+    )
+    context, (cohort,) = federation.context(0), federation.cohorts
+    client = 2
+    data = Data(
+        federation.pool,
+        cohort.order,
+        cohort.train.start[client],
+        cohort.train.size[client],
+        jnp.float32(1),
+    )
+    server, _ = algorithm.init(KEY, federation)
+    _, _, metrics = algorithm.local(context, KEY, (), server, data)
+    start, size = int(data.start), int(data.size)
+    row = np.asarray(cohort.order)[start : start + size]
+    z = context.model.embed(server.params, federation.pool.x[row])
+    logits = z @ server.anchors.T - jnp.sum(server.anchors**2, -1)[None] / 2
+    y = federation.pool.y[row]
+    nll = -jax.nn.log_softmax(logits)[np.arange(size), y]
+    by_class = [float(nll[y == c].mean()) for c in np.unique(y)]
+    np.testing.assert_allclose(metrics["loss"], np.mean(by_class), rtol=1e-4)
+
+
+def test_it_beats_fedavg_under_label_skew(federation):
+    accuracy = {}
+    for name in ("pfedgm", "fedavg"):
+        algorithm, state, _ = train(name, federation)
+        score = evaluate.make_evaluate(algorithm, Execution())
+        test = jax.jit(score)(state, federation, KEY).test
+        accuracy[name] = float(jnp.sum(test.correct) / jnp.sum(test.count))
+    assert accuracy["pfedgm"] > accuracy["fedavg"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("navigator", "cubic", "navigator must be one of"),
+        ("gain", "huge", "gain must be one of"),
+        ("inference", "guess", "inference must be one of"),
+        ("pull", -1.0, "pull must be"),
+        ("resampling", 1.5, "resampling must be"),
+        ("covariance_strength", -1.0, "covariance_strength must be"),
+        ("shrinkage", 2.0, "shrinkage must be"),
+        ("prior_concentration", 0.0, "prior_concentration must be"),
+        ("temperature", 0.0, "temperature must be"),
+    ],
+)
+def test_options_out_of_range_are_named(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        make("pfedgm", optax.sgd(0.1), Schedule(), {option: value})

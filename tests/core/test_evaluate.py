@@ -1,0 +1,182 @@
+"""Evaluation against a loop in NumPy, and the life of unseen clients."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedgen.algorithms.fedavg import fedavg
+from fedgen.core import evaluate, fit, rounds
+from fedgen.core.algorithm import Algorithm
+from fedgen.core.execution import Execution, make_mesh, place
+from fedgen.core.fit import Schedule
+
+KEY = jax.random.key(0)
+SIZES = (7, 0, 5, 3, 8)
+SCHEDULE = Schedule(4, 1)
+
+
+def shifted() -> Algorithm:
+    """Build FedAvg whose clients own a bias, moved once more before prediction."""
+    base = fedavg(optax.sgd(0.1), SCHEDULE)
+
+    def init(key, federation):
+        server, _ = base.init(key, federation)
+        (cohort,) = federation.cohorts
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(cohort.ids)
+        return server, (jax.vmap(lambda k: jax.random.normal(k, (4,)))(keys),)
+
+    def local(context, key, client, message, data):
+        _, delta, metrics = base.local(context, key, (), message, data)
+        return client + metrics["loss"] + data.size, delta, metrics
+
+    def personalise(context, key, client, message, data):
+        del context, key, message
+        total = fit.fold(lambda s, b: s + b.x.sum(), jnp.float32(0), data, 4)
+        return client + total / 8
+
+    def predict(context, server, client, x):
+        return context.model.apply(server.params, x) + client[None]
+
+    return base._replace(
+        init=init, local=local, personalise=personalise, predict=predict
+    )
+
+
+def by_id(federation, leaf):
+    (cohort,) = federation.cohorts
+    found = dict(zip(cohort.ids.tolist(), np.asarray(leaf), strict=True))
+    return np.stack([found[i] for i in range(cohort.num_real)])
+
+
+@pytest.mark.parametrize(
+    ("chunk", "devices", "batch_size"), [(None, 1, 100), (2, 1, 2), (2, 2, 3)]
+)
+def test_scores_are_those_of_a_plain_loop(toy_federation, chunk, devices, batch_size):
+    mesh = make_mesh(devices)
+    plain, execution, algorithm = (
+        toy_federation(SIZES),
+        Execution(chunk, mesh),
+        shifted(),
+    )
+    federation = place(plain, mesh)
+    state = rounds.init_state(algorithm, federation, KEY, execution)
+    found = jax.jit(evaluate.make_evaluate(algorithm, execution, batch_size))(
+        state, federation, KEY
+    )
+
+    bias = by_id(federation, state.clients[0])
+    (cohort,) = plain.cohorts
+    x, y, order = (np.asarray(a) for a in (*plain.pool, cohort.order))
+    for part in ("validation", "test"):
+        scores = getattr(found, part)
+        for i in range(len(SIZES)):
+            train, own = (
+                order[int(rows.start[i]) : int(rows.start[i] + rows.size[i])]
+                for rows in (cohort.train, getattr(cohort, part))
+            )
+            whole = np.asarray(
+                cohort.model.apply(jax.device_get(state.server.params), x[own])
+            )
+            logits = whole + bias[i] + x[train].sum() / 8
+            label = y[own]
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            assert int(scores.count[i]) == len(own)
+            assert int(scores.correct[i]) == np.sum(logits.argmax(-1) == label)
+            assert int(scores.global_correct[i]) == np.sum(whole.argmax(-1) == label)
+            np.testing.assert_allclose(
+                scores.loss[i], -log_p[np.arange(len(own)), label].sum(), rtol=1e-4
+            )
+    # Validation and test are other rows, here of other numbers.
+    assert found.validation.count.tolist() == [2 + i % 3 for i in range(5)]
+    assert found.test.count.tolist() == [3 + i % 2 for i in range(5)]
+
+
+def test_scores_never_read_other_rows(toy_federation):
+    plain, algorithm, execution = toy_federation(SIZES), shifted(), Execution()
+    state = rounds.init_state(algorithm, plain, KEY)
+    score = jax.jit(evaluate.make_evaluate(algorithm, execution, 4))
+    (cohort,) = plain.cohorts
+    test = np.concatenate(
+        [
+            np.asarray(cohort.order)[a : a + n]
+            for a, n in zip(*map(np.asarray, cohort.test), strict=True)
+        ]
+    )
+    poisoned = plain.pool.x.at[test].set(jnp.nan)
+    before = score(state, plain, KEY)
+    after = score(
+        state, type(plain)(plain.pool._replace(x=poisoned), plain.cohorts, 4), KEY
+    )
+    chex.assert_trees_all_equal(after.validation, before.validation)
+    assert not np.any(np.isfinite(after.test.loss))
+
+
+def test_two_cohorts_are_scored_in_the_order_of_ids(toy_federation):
+    federation = toy_federation(SIZES, models=2)
+    algorithm = Algorithm(
+        init=lambda key, f: ((), tuple(c.ids * 1.0 for c in f.cohorts)),
+        download=lambda context, server, id_: (),
+        local=lambda context, key, client, message, data: (client, (), {}),
+        aggregate=lambda context, key, server, uploads: (server, {}),
+        # The logit of class `id % 4` wins.
+        predict=lambda context, server, client, x: jnp.broadcast_to(
+            jax.nn.one_hot(client.astype(jnp.int32) % 4, 4), (x.shape[0], 4)
+        ),
+    )
+    state = rounds.init_state(algorithm, federation, KEY)
+    scores = jax.jit(evaluate.make_evaluate(algorithm, Execution()))(
+        state, federation, KEY
+    ).test
+    for i in range(len(SIZES)):
+        cohort = federation.cohorts[i % 2]
+        start, size = (int(a[i // 2]) for a in cohort.test)
+        labels = federation.pool.y[cohort.order[start : start + size]]
+        assert int(scores.correct[i]) == int(np.sum(np.asarray(labels) == i % 4))
+        assert int(scores.count[i]) == size
+
+
+def test_unseen_clients_train_from_the_given_server(toy_federation):
+    algorithm = shifted()
+    federation = toy_federation(SIZES)
+    seen = rounds.init_state(algorithm, toy_federation((3, 3), seed=1), KEY)
+    seen = seen._replace(round=jnp.int32(4))
+    key = jax.random.key(9)
+    results = []
+    for chunk, devices in ((None, 1), (2, 1), (2, 2)):
+        mesh = make_mesh(devices)
+        placed = place(federation, mesh)
+        adapt = jax.jit(evaluate.make_adapt(algorithm, Execution(chunk, mesh)))
+        state = adapt(seen, placed, key)
+        chex.assert_trees_all_equal(state.server, seen.server)
+        assert int(state.round) == 4
+        if mesh is not None:
+            assert state.clients[0].sharding.spec[0] == "clients"
+        results.append(by_id(placed, state.clients[0]))
+
+    # The same by hand, for one client.
+    round_key = jax.random.fold_in(key, 4)
+    start = algorithm.init(round_key, federation)[1][0]
+    (cohort,) = federation.cohorts
+    for i in (0, 1):
+        data = fit.Data(
+            federation.pool,
+            cohort.order,
+            cohort.train.start[i],
+            cohort.train.size[i],
+            jnp.float32(1),
+        )
+        expected, _, _ = algorithm.local(
+            federation.context(0),
+            jax.random.fold_in(round_key, i),
+            start[i],
+            seen.server.params,
+            data,
+        )
+        np.testing.assert_allclose(results[0][i], expected, rtol=1e-5)
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], rtol=1e-5)

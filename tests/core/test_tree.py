@@ -1,0 +1,65 @@
+"""Algebra on stacked trees, against NumPy."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedgen.core import tree
+
+RNG = np.random.default_rng(0)
+TREE = {
+    "a": jnp.asarray(RNG.normal(size=(4, 2, 3)), jnp.float32),
+    "b": (jnp.arange(4.0),),
+}
+
+
+def test_num_bytes():
+    shapes = (jax.ShapeDtypeStruct((3, 5), jnp.bfloat16), jnp.zeros(7, jnp.int32))
+    assert tree.num_bytes(shapes) == 2 * 15 + 4 * 7
+    assert tree.num_bytes(()) == 0
+
+
+def test_where_never_mixes():
+    mask = jnp.array([True, False, False, True])
+    other = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), TREE)
+    chosen = tree.where(mask, TREE, other)
+    for found, given in zip(*map(jax.tree.leaves, (chosen, TREE)), strict=True):
+        np.testing.assert_array_equal(found[::3], given[::3])
+        assert np.all(np.isnan(found[1:3]))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_all_finite(bad):
+    assert bool(tree.all_finite((TREE, jnp.arange(3), jnp.array(True))))
+    assert bool(tree.all_finite(()))
+    spoiled = {**TREE, "a": TREE["a"].at[1, 0, 2].set(bad)}
+    assert not bool(tree.all_finite(spoiled))
+
+
+def test_weighted_mean():
+    weight = jnp.array([1.0, 0.0, 2.5, 4.0])
+    expected = jax.tree.map(
+        lambda a: np.average(np.asarray(a, np.float64), axis=0, weights=weight), TREE
+    )
+    chex.assert_trees_all_close(tree.weighted_mean(TREE, weight), expected, rtol=1e-5)
+
+
+def test_weighted_mean_of_nobody():
+    nothing = jnp.zeros(4)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape[1:]), TREE)
+    chex.assert_trees_all_equal(tree.weighted_mean(TREE, nothing), zeros)
+    default = jax.tree.map(lambda a: a[0] + 1, TREE)
+    chex.assert_trees_all_equal(tree.weighted_mean(TREE, nothing, default), default)
+    one = jnp.array([0.0, 1.0, 0.0, 0.0])
+    second = jax.tree.map(lambda a: a[1], TREE)
+    chex.assert_trees_all_close(tree.weighted_mean(TREE, one, default), second)
+
+
+def test_broadcast():
+    copies = tree.broadcast({"w": jnp.arange(3.0), "n": jnp.int32(2)}, 5)
+    assert copies["n"].tolist() == [2] * 5
+    np.testing.assert_array_equal(copies["w"], np.tile(np.arange(3.0), (5, 1)))
