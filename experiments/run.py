@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags
@@ -64,19 +64,28 @@ def read_config() -> Config:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run what the flags say; 2 for a wrong request, 1 for a failed training."""
+    """Run what the flags say."""
+    guard(
+        argv,
+        lambda: experiment.run(read_config(), WORKDIR.value, resume=RESUME.value),
+    )
+
+
+def guard(argv: Sequence[str], work: Callable[[], object]) -> None:
+    """Do the work; exit with 2 for a wrong request, 1 for a failed training."""
     try:
         if len(argv) > 1:
             raise ValueError(f"flags begin with --, got {' '.join(argv[1:])}")
         # Where no accelerator is, JAX tells of every one that it looked for.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         execution.use_cores()
-        experiment.run(read_config(), WORKDIR.value, resume=RESUME.value)
+        work()
     except (ValueError, FloatingPointError) as error:
         _fail(error, 2 if isinstance(error, ValueError) else 1)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str]) -> list[str]:
+    """Read the command line; exit with 2 if a flag is unknown or ill-typed."""
     try:
         return flags.FLAGS(argv, known_only=False)
     except flags.Error as error:
@@ -92,7 +101,7 @@ def _fail(error: Exception, code: int) -> NoReturn:
 def cli() -> None:
     """Enter from the command line."""
     sys.modules["__main__"].__doc__ = f"{__doc__}\n{algorithms.describe()}"
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":

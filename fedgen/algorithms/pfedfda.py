@@ -47,13 +47,6 @@ class Server(NamedTuple):
     count: jax.Array  # [c] samples behind the means of the last round
 
 
-class Head(NamedTuple):
-    """A linear discriminant."""
-
-    kernel: jax.Array  # [d, c]
-    bias: jax.Array  # [c]
-
-
 def pfedfda(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
@@ -96,15 +89,12 @@ def pfedfda(
         gaussians = Gaussians(mean, jnp.eye(d))
         return Server(model.init(key)["body"], gaussians, jnp.zeros(c)), ((),)
 
-    def log_prior(count):
-        n = jnp.sum(count)
-        frequency = count / jnp.maximum(n, 1.0) + prior_floor
-        return jnp.log(frequency / jnp.sum(frequency))
-
     def discriminant(gaussians, count):
         """Compute W = Sigma^-1 mu and b = log pi - mu^T W / 2."""
+        frequency = count / jnp.maximum(jnp.sum(count), 1.0) + prior_floor
+        log_prior = jnp.log(frequency / jnp.sum(frequency))
         cov = gaussian.shrink(gaussians.cov, shrinkage)
-        return gaussian.plugin_head(gaussians.mean, cov, log_prior(count))
+        return gaussian.plugin_head(gaussians.mean, cov, log_prior)
 
     def estimate(statistics, prior):
         """Compute a client's own Gaussians, the global ones where it has no data."""
@@ -187,11 +177,11 @@ def pfedfda(
     def personalise(context, key, client, server, data):
         del key, client
         _, adapted, count = adapt(context, server, data)
-        return Head(*discriminant(adapted, count))
+        return discriminant(adapted, count)
 
     def predict(context, server, head, x):
-        z = context.model.embed({"body": server.body}, x)
-        return z @ head.kernel + head.bias[None]
+        kernel, bias = head
+        return context.model.embed({"body": server.body}, x) @ kernel + bias[None]
 
     def predict_global(context, server, x):
         z = context.model.embed({"body": server.body}, x)

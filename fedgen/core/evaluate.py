@@ -143,10 +143,11 @@ def _adapt(
 
     def one(id_, rows, client):
         data = Data(pool, order, rows.start, rows.size, jnp.float32(1))
-        message = algorithm.download(context, server, id_)
-        return algorithm.local(
-            context, jax.random.fold_in(key, id_), client, message, data
-        )[0]
+        for number, exchange in enumerate(algorithm.exchanges):
+            message = exchange.download(context, server, id_)
+            own_key = jax.random.fold_in(jax.random.fold_in(key, number), id_)
+            client = exchange.local(context, own_key, client, message, data)[0]
+        return client
 
     return execution_lib.map_clients(one, execution.chunk)(ids, train, clients)
 

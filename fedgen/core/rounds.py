@@ -201,7 +201,7 @@ def _visit(
     size = jnp.where(mine, rows.size.at[slot].get(mode="clip"), -1)
     kept = min(n, slot.shape[0])
     ranked = jnp.argsort(-size, stable=True)[:kept]
-    chunk = execution.chunk or kept
+    chunk = min(execution.chunk or kept, kept)
     extra = execution_lib.padded(kept, chunk) - kept
     mask = jnp.pad(mine[ranked], (0, extra))
     slot = jnp.where(mask, jnp.pad(slot[ranked], (0, extra)), n)
@@ -225,6 +225,7 @@ def _visit(
         new, message, metrics, finite = execution_lib.over_clients(visit, chunk)(
             id_, held.start, size, work, old
         )
+        steps = metrics.pop("steps")
         # Whoever is absent, or failed, keeps its state and weighs nothing.
         counted = mask & finite
         new = tree.where(counted, new, old)
@@ -247,7 +248,7 @@ def _visit(
             message,
         )
         failed = jnp.where(mask & ~finite, id_, -1)
-        return (clients, sums), (upload, metrics, counted, failed)
+        return (clients, sums), (upload, metrics, counted, steps, failed)
 
     one = (ids, rows.start, rows.size, work, clients)
     message = jax.eval_shape(visit, *jax.tree.map(lambda a: a[0], one))[1]
@@ -260,12 +261,11 @@ def _visit(
         (clients, sums),
         jax.tree.map(lambda a: a.reshape(-1, chunk), (slot, mask, work)),
     )
-    executed = chunk * jnp.max(visited[1]["steps"], axis=1)
+    executed = chunk * jnp.max(visited[3], axis=1)
     # The filling of the last chunk goes, or shapes would depend on the chunk.
-    upload, metrics, counted, failed = jax.tree.map(
+    upload, metrics, counted, steps, failed = jax.tree.map(
         lambda a: a.reshape(-1, *a.shape[2:])[:kept], visited
     )
-    steps = metrics.pop("steps")
     # A device's sums get an axis, over which `_finish` adds the devices up.
     sums = jax.tree.map(lambda a: a[None], sums)
     upload = upload._replace(message=_join(message, sums, upload.message))

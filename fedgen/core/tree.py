@@ -29,7 +29,7 @@ def all_finite(tree: PyTree) -> jax.Array:
     finite = [
         jnp.all(jnp.isfinite(a))
         for a in jax.tree.leaves(tree)
-        if jnp.issubdtype(a.dtype, jnp.inexact)
+        if jnp.issubdtype(jnp.result_type(a), jnp.inexact)
     ]
     return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
 

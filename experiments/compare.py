@@ -1,0 +1,69 @@
+"""Tune several algorithms alike, run them over several seeds, print one table.
+
+Takes the flags of experiments.run, for all algorithms, and keeps every run under
+--workdir: finished ones are not run again, so a killed comparison just continues.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import rich.console
+from absl import app, flags
+
+from experiments import run
+from fedgen.runs import compare
+
+ALGORITHMS = flags.DEFINE_list(
+    "algorithms",
+    ["pfedgm", "fedavg_gaussian", "local_only", "fedavg"],
+    "Algorithms to compare, the one of interest first.",
+)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, counted from --seed.")
+GRID = flags.DEFINE_multi_string(
+    "grid",
+    [],
+    "name=a,b,c: values to choose from on validation rows of the first seed, of a flag "
+    "or, as algorithm.hyperparameter, of one algorithm; repeatable.",
+)
+
+
+def read_grid() -> dict[str, list[str]]:
+    """Collect `--grid`.
+
+    Raises:
+      ValueError: If one is not of the form name=a,b.
+    """
+    grid = {}
+    for text in GRID.value:
+        name, _, values = text.partition("=")
+        if not name or not values or "" in values.split(","):
+            raise ValueError(f"--grid must be name=a,b,c, got {text!r}")
+        grid[name] = values.split(",")
+    return grid
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compare what the flags say."""
+
+    def work() -> None:
+        folder = pathlib.Path(run.WORKDIR.value or "runs/compare")
+        rows = compare.compare(
+            run.read_config(),
+            ALGORITHMS.value,
+            SEEDS.value,
+            read_grid(),
+            folder,
+            rich.console.Console(stderr=True),
+        )
+        table = compare.to_markdown(rows)
+        (folder / "comparison.md").write_text(table + "\n")
+        sys.stdout.write(table + "\n")
+
+    run.guard(argv, work)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=run.parse)

@@ -1,0 +1,1 @@
+"""A run: what is asked, what happens, what it leaves behind."""

@@ -1,0 +1,135 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from fedgen import algorithms, models
+from fedgen.core import execution, participation
+from fedgen.core.algorithm import Algorithm
+from fedgen.core.execution import Execution
+from fedgen.core.federation import Federation
+from fedgen.core.fit import Schedule
+from fedgen.core.participation import Sampler
+from fedgen.data import federate, partition, shift, sources
+from fedgen.data.sources import Source
+from fedgen.runs.config import INHERENT, Config
+
+
+class Setup(NamedTuple):
+    """All that the algorithms of a run share."""
+
+    federation: Federation
+    newcomers: Federation | None
+    counts: np.ndarray  # [n, c] training samples of the clients that train
+    sampler: Sampler
+    execution: Execution
+
+
+def build(config: Config) -> Setup:
+    """Read the data, deal it out and lay the clients out over the devices.
+
+    Raises:
+      ValueError: If the data, or what is asked of it, does not fit.
+    """
+    mesh = execution.make_mesh(config.devices or len(jax.devices()))
+    chunk = config.chunk or execution.default_chunk()
+    sampler = participation.unreliable(
+        participation.uniform(config.participation),
+        dropout=config.dropout,
+        stragglers=config.stragglers,
+    )
+
+    total = config.num_clients + config.new_clients
+    source, owner = _deal(config, total)
+    if config.corruptions:
+        source = source._replace(
+            x=shift.corrupt_clients(
+                source.x,
+                owner,
+                kinds=config.corruptions,
+                severity=config.severity,
+                seed=config.seed,
+                num_clients=total,
+            )
+        )
+    split = partition.split(owner, source.y, total, seed=config.seed)
+    shape = source.x.shape[1:]
+    architectures = [
+        models.build(name, shape, source.num_classes)
+        for name in config.model.split(",")
+    ]
+    newcomers = np.arange(total) >= config.num_clients
+    federation = federate.federate(
+        source, split, architectures, clients=np.flatnonzero(~newcomers)
+    )
+    counts = partition.counts(owner, source.y, total, source.num_classes)
+    return Setup(
+        execution.place(federation, mesh),
+        federate.federate(
+            source, split, architectures, clients=np.flatnonzero(newcomers)
+        )
+        if config.new_clients
+        else None,
+        counts[: config.num_clients],
+        sampler,
+        Execution(chunk, mesh),
+    )
+
+
+def build_algorithm(config: Config, name: str) -> Algorithm:
+    """Build an algorithm with the run's local optimiser and schedule.
+
+    Raises:
+      ValueError: If a hyper-parameter is unknown or out of range.
+    """
+    optimizer = optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(config.learning_rate, momentum=config.momentum or None),
+    )
+    schedule = Schedule(
+        config.batch_size, config.local_epochs, config.local_steps or None
+    )
+    own = config.hyperparameters if name == config.algorithm else {}
+    return algorithms.make(name, optimizer, schedule, own)
+
+
+def _deal(config: Config, num_clients: int) -> tuple[Source, np.ndarray]:
+    """Load the samples and give each an owner, `[s]`."""
+    source = sources.load(config.dataset, config.data_dir)
+    domain = None
+    if config.partition == "mixture":
+        source, domain = _inherent(config, source)
+    owner = partition.partition(
+        config.partition,
+        source.y,
+        num_clients,
+        seed=config.seed,
+        alpha=config.alpha,
+        classes_per_client=config.classes_per_client,
+        min_size=config.min_size,
+        domain=domain,
+    )
+    return source, owner
+
+
+def _inherent(config: Config, source: Source) -> tuple[Source, np.ndarray]:
+    """Turn a source into samples of several inherent distributions."""
+    if config.inherent == "rotation":
+        rng = np.random.default_rng(config.seed)
+        domain = rng.integers(0, 4, len(source.y))
+        return source._replace(x=shift.rotations(source.x, domain)), domain
+    if config.inherent == "class_groups":
+        return source, shift.class_groups(source.y, config.classes_per_client)
+    try:
+        other = sources.load(config.inherent, config.data_dir)
+    except ValueError as error:
+        raise ValueError(
+            f"inherent must be one of {', '.join(INHERENT)} or a second data set, "
+            f"got {config.inherent!r}: {error}"
+        ) from error
+    return shift.two_sources(source, other)

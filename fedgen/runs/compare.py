@@ -1,0 +1,185 @@
+"""Several algorithms, tuned alike, over several seeds, in one table.
+
+Every algorithm is tuned on the validation rows of the first seed, over the same grid;
+the seeds after it run with what won there. Test rows choose nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import rich.console
+import scipy.stats
+
+from fedgen import algorithms
+from fedgen.runs import config as config_lib
+from fedgen.runs import experiment
+from fedgen.runs.config import Config
+
+Grid = Mapping[str, Sequence[str]]
+
+
+class Row(NamedTuple):
+    """One algorithm of a comparison; accuracies of clients, in [0, 1]."""
+
+    name: str
+    chosen: dict[str, str]  # what of the grid won on validation
+    per_client: np.ndarray  # [seeds * n] test accuracies, NaN without test rows
+    per_seed: np.ndarray  # [seeds] means over clients
+    worst_decile: float  # mean over seeds
+    global_accuracy: float | None  # mean over seeds
+
+
+def compare(
+    base: Config,
+    names: Sequence[str],
+    seeds: int,
+    grid: Grid,
+    folder: pathlib.Path,
+    console: rich.console.Console,
+) -> list[Row]:
+    """Run all that is not finished yet under `folder`, and collect the rows.
+
+    Args:
+      base: The flags that all runs share.
+      names: Algorithms; the first is the one that the others are compared with.
+      seeds: Number of seeds, counted from `base.seed`.
+      grid: Values to try, by the name of a flag, for all algorithms, or by
+        `algorithm.hyperparameter`, for one.
+      folder: Keeps one folder a run; finished ones are read and not run again.
+      console: Where progress goes.
+
+    Raises:
+      ValueError: If a name is unknown or a value is wrong, before anything runs.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"algorithms must be different names, got {list(names)}")
+    candidates = {name: list(_candidates(base, name, grid)) for name in names}
+    _check_grid(names, grid)
+    for _, config in itertools.chain(*candidates.values()):
+        config.check()
+    rows = []
+    for name in names:
+        scores = [_run(config, folder, console) for _, config in candidates[name]]
+        best = int(np.argmax([s["validation_accuracy"]["mean"] for s in scores]))
+        chosen, config = candidates[name][best]
+        summaries = [scores[best]] + [
+            _run(dataclasses.replace(config, seed=base.seed + i), folder, console)
+            for i in range(1, seeds)
+        ]
+        rows.append(_row(name, chosen, summaries))
+    return rows
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Write the table; differences are the first row minus each, with 95 % intervals.
+
+    Intervals are Student's, of the differences paired by client and seed.
+    """
+    lines = [
+        "| method | personal accuracy | worst decile | global | "
+        f"{rows[0].name} minus it | tuned |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        gap = "" if row is rows[0] else difference(rows[0], row)
+        whole = row.global_accuracy
+        lines.append(
+            f"| {row.name} | {100 * row.per_seed.mean():.1f} "
+            f"({', '.join(f'{100 * a:.1f}' for a in row.per_seed)}) | "
+            f"{100 * row.worst_decile:.1f} | "
+            f"{'' if whole is None else f'{100 * whole:.1f}'} | {gap} | "
+            f"{', '.join(f'{k}={v}' for k, v in row.chosen.items())} |"
+        )
+    return "\n".join(lines)
+
+
+def difference(a: Row, b: Row) -> str:
+    """Describe `a - b` over clients and seeds, in points: mean [low, high]."""
+    gap = 100 * (a.per_client - b.per_client)
+    gap = gap[np.isfinite(gap)]
+    if gap.size < 2 or np.ptp(gap) == 0:
+        return f"{gap.mean():+.1f}"
+    low, high = scipy.stats.ttest_1samp(gap, 0).confidence_interval(0.95)
+    return f"{gap.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _candidates(
+    base: Config, name: str, grid: Grid
+) -> Iterator[tuple[dict[str, str], Config]]:
+    """Yield what is chosen and the configuration, for each point of the grid."""
+    fields = {field.name for field in dataclasses.fields(Config)}
+    mine = {
+        key: values
+        for key, values in grid.items()
+        if key in fields or key.startswith(f"{name}.")
+    }
+    for point in itertools.product(*mine.values()):
+        chosen = dict(zip(mine, point, strict=True))
+        flags, own = {}, {}
+        for key, value in chosen.items():
+            if key in fields:
+                flags[key] = _typed(key, value)
+            else:
+                own[key.removeprefix(f"{name}.")] = value
+        yield (
+            {key.removeprefix(f"{name}."): value for key, value in chosen.items()},
+            dataclasses.replace(
+                base, algorithm=name, baselines=(), hyperparameters=own, **flags
+            ),
+        )
+
+
+def _typed(key: str, value: str) -> Any:
+    kind = type(getattr(Config(), key))
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"grid {key} must hold values of type {kind.__name__}, got {value!r}"
+        ) from None
+
+
+def _check_grid(names: Sequence[str], grid: Grid) -> None:
+    fields = [field.name for field in dataclasses.fields(Config)]
+    for key in grid:
+        name, _, own = key.partition(".")
+        if own and name in names:
+            config_lib.nearest(
+                f"hyper-parameter of {name}", own, algorithms.hyperparameters(name)
+            )
+        elif key not in fields:
+            known = fields + [f"{name}." for name in names]
+            config_lib.nearest("grid name", key, known)
+
+
+def _run(
+    config: Config, folder: pathlib.Path, console: rich.console.Console
+) -> dict[str, Any]:
+    """Run a configuration, or read what it gave before."""
+    path = folder / f"{config.algorithm}-{config_lib.short_hash(config)}"
+    summary = path / "summary.json"
+    if summary.exists():
+        return json.loads(summary.read_text())
+    return experiment.run(config, str(path), resume=path.exists(), console=console)
+
+
+def _row(name: str, chosen: dict[str, str], summaries: list[dict[str, Any]]) -> Row:
+    accuracy = [s["personal_accuracy"] for s in summaries]
+    whole = [s["global_accuracy"] for s in summaries]
+    return Row(
+        name,
+        chosen,
+        np.array([c for a in accuracy for c in a["per_client"]], float),
+        np.array([a["mean"] for a in accuracy]),
+        float(np.mean([a["worst_decile"] for a in accuracy])),
+        None if None in whole else float(np.mean(whole)),
+    )

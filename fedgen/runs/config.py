@@ -1,0 +1,222 @@
+"""What a run is asked to do: one flat record, one field a flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import shlex
+from typing import Any
+
+from fedgen import algorithms, models
+from fedgen.data import partition, shift
+
+INHERENT = ("rotation", "class_groups")
+_FLAGS = {"hyperparameters": "set"}  # Where a flag has another name than its field.
+
+
+def _flag(default: Any, text: str) -> Any:
+    if isinstance(default, (dict, tuple)):
+        return dataclasses.field(
+            default_factory=lambda: default, metadata={"help": text}
+        )
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The flags of a run; the help of each is its documentation."""
+
+    algorithm: str = _flag("pfedgm", "Algorithm to train; --help lists them all.")
+    baselines: tuple[str, ...] = _flag(
+        ("local_only", "fedavg"),
+        "Algorithms to compare with, on the same data, initial weights and seed; "
+        "may be empty.",
+    )
+    hyperparameters: dict[str, str] = _flag(
+        {}, "name=value, a hyper-parameter of --algorithm; repeatable."
+    )
+    dataset: str = _flag(
+        "fashion_mnist_mini",
+        "fashion_mnist_mini (embedded), a TFDS image classification data set by name, "
+        "or a folder of IDX or .npz files.",
+    )
+    data_dir: str | None = _flag(None, "Folder of prepared TFDS data sets.")
+    partition: str = _flag(
+        "dirichlet", f"How clients differ: {', '.join(partition.PARTITIONS)}."
+    )
+    alpha: float = _flag(0.1, "Concentration of Dirichlet partitions, above 0.")
+    classes_per_client: int = _flag(2, "Classes of a client, if pathological.")
+    min_size: int = _flag(10, "Fewest samples of a client that a draw may leave.")
+    inherent: str = _flag(
+        "rotation",
+        "Inherent distributions of --partition=mixture: rotation, class_groups, or the "
+        "name of a second data set.",
+    )
+    corruption: str = _flag(
+        "",
+        "Corrupt half of the clients: all, or kinds separated by commas out of "
+        f"{', '.join(shift.CORRUPTIONS)}.",
+    )
+    severity: int = _flag(3, "Level of --corruption, 1 to 5.")
+    num_clients: int = _flag(20, "Clients that train.")
+    new_clients: int = _flag(0, "Further clients that only come after training.")
+    participation: float = _flag(1.0, "Share of the clients in a round, (0, 1].")
+    dropout: float = _flag(0.0, "Chance that a drawn client never reports, [0, 1).")
+    stragglers: float = _flag(
+        0.0, "Chance that a drawn client finishes only part of its steps, [0, 1)."
+    )
+    rounds: int = _flag(20, "Communication rounds.")
+    local_epochs: int = _flag(1, "Passes over a client's data in a round.")
+    local_steps: int = _flag(
+        0, "If above 0, that many steps for every client instead of --local_epochs."
+    )
+    batch_size: int = _flag(50, "Samples of a local step.")
+    learning_rate: float = _flag(0.05, "Local learning rate, above 0.")
+    momentum: float = _flag(0.5, "Local momentum, [0, 1).")
+    weight_decay: float = _flag(5e-4, "Local weight decay, at least 0.")
+    model: str = _flag(
+        "small_cnn",
+        f"Architecture: {', '.join(models.MODELS)}; several, separated by commas, "
+        "make one cohort each.",
+    )
+    seed: int = _flag(0, "Seed of the data, the weights and the training.")
+    eval_every: int = _flag(5, "Rounds between evaluations.")
+    checkpoint_every: int = _flag(5, "Rounds between checkpoints; 0 writes none.")
+    chunk: int = _flag(0, "Clients trained at once on a device; 0 suits the platform.")
+    devices: int = _flag(
+        0, "Devices that share the clients; 0 takes all (on a CPU, one per core)."
+    )
+
+    def check(self) -> None:
+        """Raise a `ValueError` for whatever can be told without reading data.
+
+        Hyper-parameters and baselines are checked by building their algorithms.
+        """
+        positive = (
+            "num_clients",
+            "rounds",
+            "local_epochs",
+            "batch_size",
+            "eval_every",
+            "classes_per_client",
+        )
+        for name in positive:
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        natural = (
+            "local_steps",
+            "checkpoint_every",
+            "chunk",
+            "devices",
+            "new_clients",
+            "min_size",
+            "seed",
+        )
+        for name in natural:
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, int):
+                value = getattr(self, field.name)
+                self._require(field.name, value < 2**31, "below 2^31")
+        for name in ("alpha", "learning_rate"):
+            value = getattr(self, name)
+            self._require(name, 0 < value < float("inf"), "above 0 and finite")
+        self._require("participation", 0 < self.participation <= 1, "in (0, 1]")
+        for name in ("momentum", "dropout", "stragglers"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        decay = self.weight_decay
+        self._require(
+            "weight_decay", 0 <= decay < float("inf"), "at least 0 and finite"
+        )
+        self._require("severity", 1 <= self.severity <= 5, "between 1 and 5")
+        if self.chunk > self.num_clients:
+            raise ValueError(
+                f"chunk must be at most the {self.num_clients} clients, "
+                f"got {self.chunk}"
+            )
+        nearest("algorithm", self.algorithm, algorithms.REGISTRY)
+        for name in self.baselines:
+            nearest("baseline", name, algorithms.REGISTRY)
+        nearest("partition", self.partition, partition.PARTITIONS)
+        for name in self.model.split(","):
+            nearest("model", name, models.MODELS)
+        for kind in self.corruptions:
+            nearest("corruption", kind, shift.CORRUPTIONS)
+        repeated = {n for n in self.baselines if self.baselines.count(n) > 1}
+        if repeated:
+            raise ValueError(f"baselines must differ, got {sorted(repeated)} twice")
+        if self.algorithm in self.baselines and self.hyperparameters:
+            raise ValueError(
+                f"{self.algorithm} is both the algorithm and a baseline; with "
+                "hyper-parameters of its own the two could not be told apart"
+            )
+
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """Return the kinds of corruption, none if there is no corruption."""
+        if self.corruption == "all":
+            return tuple(shift.CORRUPTIONS)
+        return tuple(kind for kind in self.corruption.split(",") if kind)
+
+    @property
+    def legs(self) -> tuple[str, ...]:
+        """Return the names of all algorithms to train, the main one first."""
+        others = tuple(name for name in self.baselines if name != self.algorithm)
+        return (self.algorithm, *others)
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+
+def nearest(what: str, name: str, known: Any) -> None:
+    """Raise a `ValueError` that proposes the nearest known name, unless it is one."""
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+        raise ValueError(
+            f"unknown {what} {name!r}; did you mean {near[0]!r}? "
+            f"Known: {', '.join(known)}"
+        )
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def short_hash(config: Config) -> str:
+    """Hash a configuration to eight hexadecimal digits."""
+    text = json.dumps(to_json(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(config: Config, stored: dict[str, Any]) -> list[str]:
+    """List `--flag was A, is B` for every flag that differs from a stored run's."""
+    return [
+        f"--{_FLAGS.get(name, name)} was {_show(stored.get(name))}, is {_show(value)}"
+        for name, value in to_json(config).items()
+        if stored.get(name) != value
+    ]
+
+
+def command(config: Config) -> str:
+    """Write the command line that repeats a run, without the defaults."""
+    words = ["python", "-m", "experiments.run"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = getattr(Config(), field.name)
+        if value == default:
+            continue
+        if isinstance(value, dict):
+            words += [f"--set={key}={each}" for key, each in value.items()]
+        else:
+            words.append(f"--{field.name}={_show(value)}")
+    return shlex.join(words)
+
+
+def _show(value: Any) -> str:
+    """Write a value as on the command line."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={each}" for key, each in value.items()) or "empty"
+    return ",".join(value) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,192 @@
+"""A whole run: the algorithm, its baselines, and the report that compares them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+
+from fedgen.runs import build, leg, plots, report, tables, workdir
+from fedgen.runs import config as config_lib
+from fedgen.runs.config import Config
+from fedgen.runs.leg import Line
+
+
+def run(
+    config: Config,
+    folder: str | None = None,
+    *,
+    resume: bool = False,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Train, compare and write everything under the run's folder.
+
+    Args:
+      config: What to do.
+      folder: Where to; None chooses a new folder under `runs/`.
+      resume: Continue what the folder holds instead of refusing it.
+      console: Where progress and the table go.
+
+    Returns:
+      The content of summary.json, and `workdir`.
+
+    Raises:
+      ValueError: Before anything is written, if something asked for cannot be done.
+      FloatingPointError: If a training diverged.
+    """
+    console = console or rich.console.Console()
+    config.check()
+    path = workdir.claim(config, folder, resume)
+    recipes = {name: build.build_algorithm(config, name) for name in config.legs}
+    setup = build.build(config)
+    with console.status("compiling"):
+        legs = [
+            leg.prepare(name, algorithm, setup, config)
+            for name, algorithm in recipes.items()
+        ]
+
+    path.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(
+        path / "config.json",
+        {
+            "flags": config_lib.to_json(config),
+            "command": config_lib.command(config),
+            "environment": environment(setup),
+        },
+    )
+    results = {}
+    with _Progress(console, config) as progress:
+        for each in legs:
+            main = each.name == config.algorithm
+            results[each.name] = leg.train(
+                each,
+                setup,
+                config,
+                path if main else path / "baselines" / each.name,
+                progress=progress.update,
+                warn=lambda text: console.print(
+                    f"warning: {text}", style="yellow", markup=False, soft_wrap=True
+                ),
+            )
+    summary = results[config.algorithm].summary
+    summary["baselines"] = {
+        name: results[name].summary for name in config.baselines if name in results
+    }
+    workdir.write_json(path / "summary.json", summary)
+    page = _write_report(path, config, summary, results, setup)
+    console.print(tables.comparison(summary))
+    console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
+    return {**summary, "workdir": str(path)}
+
+
+def environment(setup: build.Setup) -> dict[str, Any]:
+    """Describe versions and devices, for the record."""
+    return {
+        "python": platform.python_version(),
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("fedgen", "jax", "flax", "optax", "numpy")
+        },
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": setup.execution.num_devices,
+        "chunk": setup.execution.chunk or "all",
+    }
+
+
+def _write_report(
+    path: pathlib.Path,
+    config: Config,
+    summary: dict[str, Any],
+    results: dict[str, leg.Result],
+    setup: build.Setup,
+) -> pathlib.Path:
+    folder = path / "plots"
+    folder.mkdir(exist_ok=True)
+    history = {name: _history(result.lines) for name, result in results.items()}
+    figures = {
+        "Accuracy by round": plots.accuracy_by_round(
+            history, folder / "accuracy_by_round.png"
+        ),
+        "Accuracy of each client": plots.client_gains(
+            summary, folder / "accuracy_by_client.png"
+        ),
+        "Accuracy by communication": plots.accuracy_by_bytes(
+            history, folder / "accuracy_by_bytes.png"
+        ),
+        "Partition": plots.partition(setup.counts, folder / "partition.png"),
+    }
+    described = {
+        **config_lib.to_json(config),
+        "command": config_lib.command(config),
+        "environment": environment(setup),
+    }
+    return report.write_report(
+        path / "report.html", described, summary, history, figures
+    )
+
+
+def _history(lines: list[Line]) -> list[Line]:
+    """Keep the evaluated rounds, with the bytes up to each."""
+    history, sent = [], 0
+    for line in lines:
+        sent += line["bytes_up"] + line["bytes_down"]
+        if "personal_accuracy" in line:
+            history.append(
+                {
+                    "round": line["round"],
+                    "bytes": sent,
+                    "personal_accuracy": line["personal_accuracy"]["mean"],
+                    "validation_accuracy": line["validation_accuracy"],
+                    "global_accuracy": line["global_accuracy"],
+                    "loss": line.get("loss"),
+                }
+            )
+    return history
+
+
+class _Progress:
+    """A live bar per algorithm: round, accuracy, bytes, time left."""
+
+    def __init__(self, console: rich.console.Console, config: Config) -> None:
+        self._bars = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description:>16}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[accuracy]:>12}"),
+            rich.progress.TextColumn("{task.fields[sent]:>11}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks = {
+            name: self._bars.add_task(
+                name, total=config.rounds, start=False, accuracy="", sent=""
+            )
+            for name in config.legs
+        }
+        self._sent = dict.fromkeys(config.legs, 0)
+
+    def __enter__(self) -> _Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bars.stop()
+
+    def update(self, line: Line) -> None:
+        """Advance a bar to a round's line."""
+        name = line["algorithm"]
+        task = self._tasks[name]
+        self._sent[name] += line["bytes_up"] + line["bytes_down"]
+        fields = {"sent": f"{self._sent[name] / 2**20:.1f} MiB"}
+        mean = line.get("personal_accuracy", {}).get("mean")
+        if mean is not None:
+            fields["accuracy"] = f"{100 * mean:.1f} %"
+        self._bars.start_task(task)
+        self._bars.update(task, completed=line["round"], **fields)

@@ -1,0 +1,89 @@
+"""Every notebook runs from top to bottom in a fresh kernel.
+
+Notebooks are kept without outputs: they would go stale unseen, fill every diff, and
+this execution already shows that the code and the library agree.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from nbclient import NotebookClient
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize(
+    "path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS]
+)
+
+
+def code_cells(path: pathlib.Path) -> list[nbformat.NotebookNode]:
+    notebook = nbformat.read(path, as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_is_a_quickstart():
+    assert "quickstart" in [path.stem for path in NOTEBOOKS]
+
+
+@each_notebook
+def test_kept_without_outputs(path):
+    nbformat.validate(nbformat.read(path, as_version=4))
+    for cell in code_cells(path):
+        assert not cell.outputs
+        assert cell.execution_count is None
+
+
+@each_notebook
+@pytest.mark.parametrize("importable", [True, False])
+def test_first_cell_installs_only_where_needed(path, importable, monkeypatch):
+    calls = []
+    find_spec = importlib.util.find_spec
+
+    def pretend(name, *rest):
+        if name != "fedgen":
+            return find_spec(name, *rest)
+        return SimpleNamespace(name=name) if importable else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", pretend)
+    shell = SimpleNamespace(run_line_magic=lambda *call: calls.append(call))
+    source = TransformerManager().transform_cell(code_cells(path)[0].source)
+    exec(compile(source, path.name, "exec"), {"get_ipython": lambda: shell})
+    assert calls == ([] if importable else [("pip", "install -q fedgen")])
+
+
+@each_notebook
+def test_runs(path, tmp_path, monkeypatch):
+    # A user's kernel, not the settings of this test session.
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
+    # Nothing is installed from anywhere, and nothing is left behind.
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    folder = tmp_path / "work"
+    folder.mkdir()
+
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()  # Raises what a cell raises.
+
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not cells[0].outputs  # Nothing was installed.
+    for cell in cells:
+        assert cell.execution_count
+        for output in cell.outputs:
+            assert output.get("name") != "stderr", output.text  # No warnings either.
+        # What draws, shows.
+        if "plt.show()" in cell.source or "Image(" in cell.source:
+            assert any("image/png" in o.get("data", {}) for o in cell.outputs)
