@@ -67,7 +67,11 @@ def build(config: Config) -> Setup:
     federation = federate.federate(
         source, split, architectures, clients=np.flatnonzero(~newcomers)
     )
-    counts = partition.counts(owner, source.y, total, source.num_classes)
+    held = owner[split.order]
+    trains = np.arange(held.size) - split.train.start[held] < split.train.size[held]
+    counts = partition.counts(
+        held[trains], source.y[split.order[trains]], total, source.num_classes
+    )
     return Setup(
         execution.place(federation, mesh),
         federate.federate(

@@ -194,7 +194,8 @@ def short_hash(config: Config) -> str:
 def differences(config: Config, stored: dict[str, Any]) -> list[str]:
     """List `--flag was A, is B` for every flag that differs from a stored run's."""
     return [
-        f"--{_FLAGS.get(name, name)} was {_show(stored.get(name))}, is {_show(value)}"
+        f"--{_FLAGS.get(name, name)} was {_show(stored.get(name)) or 'empty'}, "
+        f"is {_show(value) or 'empty'}"
         for name, value in to_json(config).items()
         if stored.get(name) != value
     ]
@@ -218,5 +219,5 @@ def command(config: Config) -> str:
 def _show(value: Any) -> str:
     """Write a value as on the command line."""
     if isinstance(value, dict):
-        return ",".join(f"{key}={each}" for key, each in value.items()) or "empty"
+        return ",".join(f"{key}={each}" for key, each in value.items())
     return ",".join(value) if isinstance(value, list | tuple) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.metadata
 import pathlib
 import platform
@@ -45,10 +46,13 @@ def run(
     recipes = {name: build.build_algorithm(config, name) for name in config.legs}
     setup = build.build(config)
     with console.status("compiling"):
-        legs = [
-            leg.prepare(name, algorithm, setup, config)
-            for name, algorithm in recipes.items()
-        ]
+        # The compiler is single-threaded for the most part; the machine is not.
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            legs = list(
+                pool.map(
+                    lambda item: leg.prepare(*item, setup, config), recipes.items()
+                )
+            )
 
     path.mkdir(parents=True, exist_ok=True)
     workdir.write_json(
@@ -73,9 +77,9 @@ def run(
                     f"warning: {text}", style="yellow", markup=False, soft_wrap=True
                 ),
             )
-    summary = results[config.algorithm].summary
-    summary["baselines"] = {
-        name: results[name].summary for name in config.baselines if name in results
+    summary = {
+        **results[config.algorithm].summary,
+        "baselines": {name: results[name].summary for name in config.baselines},
     }
     workdir.write_json(path / "summary.json", summary)
     page = _write_report(path, config, summary, results, setup)

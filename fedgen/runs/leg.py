@@ -77,6 +77,7 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
     check_memory(name, block, execution.num_devices)
     evaluate = jax.jit(evaluate_lib.make_evaluate(algorithm, execution))
     evaluate = evaluate.lower(like, federation, round_key).compile()
+    check_memory(name, evaluate, execution.num_devices)
     return Leg(
         name,
         algorithm,

@@ -73,7 +73,7 @@ def test_runs(path, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook,
-        timeout=300,
+        timeout=600,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
     ).execute()  # Raises what a cell raises.

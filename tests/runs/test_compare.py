@@ -1,0 +1,120 @@
+"""Comparisons, with runs that answer at once."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import rich.console
+import scipy.stats
+
+from fedgen.runs import compare, experiment
+from fedgen.runs.config import Config
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Replace training by a formula; return the configurations that were run."""
+    runs = []
+
+    def run(config, folder, *, resume, console):
+        runs.append(config)
+        rng = np.random.default_rng(config.seed)
+        lift = 0.1 if config.algorithm == "pfedgm" else 0.0
+        clients = rng.uniform(0.3, 0.6, 10) + lift + config.learning_rate
+        summary = {
+            "personal_accuracy": {
+                "mean": clients.mean(),
+                "worst_decile": clients.min(),
+                "per_client": clients.tolist(),
+            },
+            # The better point on validation is the worse one on test.
+            "validation_accuracy": {"mean": 1 - config.learning_rate},
+            "global_accuracy": None if config.algorithm == "local_only" else 0.5,
+        }
+        path = pathlib.Path(folder)
+        path.mkdir(parents=True)
+        (path / "summary.json").write_text(json.dumps(summary))
+        return summary
+
+    monkeypatch.setattr(experiment, "run", run)
+    return runs
+
+
+def run(folder, grid=None, names=("pfedgm", "local_only"), seeds=3):
+    console = rich.console.Console(quiet=True)
+    grid = {"learning_rate": ["0.05", "0.1"]} if grid is None else grid
+    return compare.compare(Config(), names, seeds, grid, folder, console)
+
+
+def test_validation_of_the_first_seed_chooses(asked, tmp_path):
+    rows = run(tmp_path)
+    assert [row.chosen for row in rows] == [{"learning_rate": "0.05"}] * 2
+    # Two points at the first seed, then two further seeds at the better one.
+    assert len(asked) == 2 * (2 + 2)
+    later = [config for config in asked if config.seed > 0]
+    assert {config.learning_rate for config in later} == {0.05}
+    assert sorted({config.seed for config in asked}) == [0, 1, 2]
+
+
+def test_finished_runs_are_read_and_not_run_again(asked, tmp_path):
+    first = compare.to_markdown(run(tmp_path))
+    count = len(asked)
+    assert compare.to_markdown(run(tmp_path)) == first
+    assert len(asked) == count
+
+
+def test_a_grid_of_one_algorithm_leaves_the_others_alone(asked, tmp_path):
+    run(tmp_path, {"pfedgm.pull": ["0.5", "1.0"]}, seeds=1)
+    pulls = [config.hyperparameters for config in asked]
+    assert pulls == [{"pull": "0.5"}, {"pull": "1.0"}, {}]
+
+
+def test_the_interval_is_students_of_paired_differences(asked, tmp_path):
+    ours, local = run(tmp_path)
+    gap = 100 * (ours.per_client - local.per_client)
+    half = scipy.stats.t.ppf(0.975, 29) * gap.std(ddof=1) / np.sqrt(30)
+    expected = f"{gap.mean():+.1f}"
+    assert gap.size == 30
+    text = compare.difference(ours, local)
+    assert text.startswith(expected)
+    if half > 1e-9:
+        assert f"{gap.mean() - half:+.1f}" in text
+
+
+def test_the_table_holds_every_method(asked, tmp_path):
+    rows = run(tmp_path)
+    table = compare.to_markdown(rows).splitlines()
+    assert len(table) == 2 + len(rows)
+    assert f"{100 * rows[1].per_seed.mean():.1f}" in table[3]
+    assert "| 50.0 |" in table[2] and "50.0" not in table[3].split("|")[4]
+
+
+def test_clients_without_test_rows_drop_out_of_the_interval():
+    a, b = (
+        compare.Row("x", {}, np.array(values), np.zeros(1), 0.0, None)
+        for values in ([0.5, np.nan, 0.7], [0.4, 0.2, np.nan])
+    )
+    assert compare.difference(a, b) == "+10.0"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"names": ()}, "algorithms must be different"),
+        ({"names": ("pfedgm", "pfedgm")}, "algorithms must be different"),
+        ({"names": ("pfedgn",)}, "did you mean 'pfedgm'"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"grid": {"learning_rat": ["1"]}}, "did you mean 'learning_rate'"),
+        ({"grid": {"pfedgm.pul": ["1"]}}, "did you mean 'pull'"),
+        ({"grid": {"learning_rate": ["fast"]}}, "must hold values of type float"),
+        ({"grid": {"learning_rate": ["-1"]}}, "learning_rate must be above 0"),
+    ],
+)
+def test_wrong_requests_run_nothing(asked, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "new", **options)
+    assert not asked
+    assert not (tmp_path / "new").exists()
