@@ -377,8 +377,8 @@ def between_covariance(
       form: "scalar" for `beta within` with one non-negative `beta`, see
         `between_scale`; "diagonal", negative entries clipped; "full", projected to
         the positive semi-definite matrices.
-      noise: `[d, d]`, the covariance within where it is known already; then the scatters
-        are not read and `stats.scatter` may be anything.
+      noise: `[d, d]`, the covariance within where it is known already; then the
+        scatters are not read and `stats.scatter` may be anything.
       fallback: The result is `fallback * within`, or its diagonal, if no class has two
         holders.
 

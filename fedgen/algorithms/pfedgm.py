@@ -136,7 +136,7 @@ def pfedgm(
         return z @ anchors.T - jnp.sum(anchors**2, -1)[None] / 2
 
     def measure(context, params, data):
-        """Compute T_i = (n_ic, zbar_ic, S_i) of all samples, none of them re-sampled."""
+        """Compute T_i = (n_ic, zbar_ic, S_i) of the samples as they are."""
         return _statistics.measure(context, params, data, schedule.batch_size)
 
     def personal_mean(belief, statistics):

@@ -106,7 +106,8 @@ def make_round(algorithm: Algorithm, sampler: Sampler, execution: Execution) -> 
     def round_fn(state, federation, key):
         # By number and not by one split, so that algorithms with fewer exchanges get
         # the same keys for those they have.
-        role = functools.partial(jax.random.fold_in, jax.random.fold_in(key, state.round))
+        round_key = jax.random.fold_in(key, state.round)
+        role = functools.partial(jax.random.fold_in, round_key)
         sample_key, *keys = map(role, range(1 + 2 * len(algorithm.exchanges)))
         drawn = sampler(sample_key, federation)
         contexts = tuple(map(federation.context, range(len(federation.cohorts))))

@@ -45,14 +45,14 @@ def run(
     path = workdir.claim(config, folder, resume)
     recipes = {name: build.build_algorithm(config, name) for name in config.legs}
     setup = build.build(config)
-    with console.status("compiling"):
-        # The compiler is single-threaded for the most part; the machine is not.
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            legs = list(
-                pool.map(
-                    lambda item: leg.prepare(*item, setup, config), recipes.items()
-                )
-            )
+    # The compiler is single-threaded for the most part; the machine is not.
+    with (
+        console.status("compiling"),
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        legs = list(
+            pool.map(lambda item: leg.prepare(*item, setup, config), recipes.items())
+        )
 
     path.mkdir(parents=True, exist_ok=True)
     workdir.write_json(

@@ -177,7 +177,9 @@ def test_plugin_and_predictive_agree_without_spread_between_clients(federation):
 def test_the_pull_makes_classes_compact(federation):
     _, _, without = train("pfedgm", federation, pull=0.0)
     _, _, strong = train("pfedgm", federation, pull=5.0)
-    assert strong.metrics["server/within"][-1] < 0.8 * without.metrics["server/within"][-1]
+    assert (
+        strong.metrics["server/within"][-1] < 0.8 * without.metrics["server/within"][-1]
+    )
 
 
 def test_resampling_balances_classes(federation):

@@ -167,7 +167,7 @@ BAD = [
     ("--dataset={world}/nothing", "must hold", "nothing"),
     ("--dataset={world}/idx", "announces 10 x 8 x 8", "holds 100"),
     ("--dataset={world}/alone", "needs its labels"),
-    ("--dataset={world}/flat --model=cnn", "cnn", "[5]"),
+    ("--dataset={world}/flat --model=cnn", "cnn", "height, width", "(5,)"),
     ("--dataset={world}/flat --corruption=noise --model=mlp", "uint8", "float32"),
     ("--dataset= --model=mlp", "data set", "empty"),
     ("--data_dir={world}/file --dataset=mnist", "data_dir", "folder", "file"),
