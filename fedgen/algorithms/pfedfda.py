@@ -13,7 +13,9 @@ Where this differs from the authors' code:
   gradient is 0 at the edges of the box. Ties go to the smaller share.
 - The server weights a class mean with n_ic, not n_i: a class that a client lacks
   does not drag the average back to its old value.
-- The covariance has no added identity; `covariance_quirk` brings it back.
+One quirk is kept by default, `covariance_quirk`: an identity added to a client's
+covariance. Without it the frozen head grows as features become compact, and training
+diverged at ordinary learning rates.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def pfedfda(
     prior_floor: float = 1e-4,
     grid: int = 6,
     single_beta: bool = False,
-    covariance_quirk: bool = False,
+    covariance_quirk: bool = True,
 ) -> Algorithm:
     """Build pFedFDA.
 
@@ -67,7 +69,7 @@ def pfedfda(
       grid: Candidates for each share, spread evenly over [0, 1]; at least 2.
       single_beta: Use one share for means and covariance.
       covariance_quirk: Add the identity and 1e-4 to a client's covariance, as the
-        authors' code does.
+        authors' code does; see above.
 
     Raises:
       ValueError: If an argument is out of range.

@@ -107,7 +107,8 @@ def place(federation: Federation, mesh: Mesh | None) -> Federation:
 
     return dataclasses.replace(
         federation,
-        pool=jax.device_put(federation.pool, whole),
+        # From host memory, which the devices of a CPU then share.
+        pool=jax.device_put(jax.tree.map(np.asarray, federation.pool), whole),
         public=jax.device_put(federation.public, whole),
         cohorts=tuple(deal(cohort) for cohort in federation.cohorts),
     )

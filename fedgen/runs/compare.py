@@ -57,6 +57,7 @@ def compare(
 
     Raises:
       ValueError: If a name is unknown or a value is wrong, before anything runs.
+      FloatingPointError: If an algorithm diverged all over the grid, or at a seed.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -68,10 +69,13 @@ def compare(
         config.check()
     rows = []
     for name in names:
-        scores = [_run(config, folder, console) for _, config in candidates[name]]
-        best = int(np.argmax([s["validation_accuracy"]["mean"] for s in scores]))
+        tried = [_try(config, folder, console) for _, config in candidates[name]]
+        scores = [s["validation_accuracy"]["mean"] if s else -1.0 for s in tried]
+        best = int(np.argmax(scores))
+        if tried[best] is None:
+            raise FloatingPointError(f"{name} diverged at every point of the grid")
         chosen, config = candidates[name][best]
-        summaries = [scores[best]] + [
+        summaries = [tried[best]] + [
             _run(dataclasses.replace(config, seed=base.seed + i), folder, console)
             for i in range(1, seeds)
         ]
@@ -170,6 +174,17 @@ def _run(
     if summary.exists():
         return json.loads(summary.read_text())
     return experiment.run(config, str(path), resume=path.exists(), console=console)
+
+
+def _try(
+    config: Config, folder: pathlib.Path, console: rich.console.Console
+) -> dict[str, Any] | None:
+    """Run a point of the grid; None if it diverged, which is an answer too."""
+    try:
+        return _run(config, folder, console)
+    except FloatingPointError as error:
+        console.print(f"left out: {error}", markup=False, soft_wrap=True)
+        return None
 
 
 def _row(name: str, chosen: dict[str, str], summaries: list[dict[str, Any]]) -> Row:

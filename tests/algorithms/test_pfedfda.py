@@ -45,6 +45,11 @@ def _server(mean, cov):
     return Server((), gaussians, jnp.ones(CLASSES))
 
 
+def build(**options):
+    """Build pFedFDA with the covariance as it is."""
+    return pfedfda(OPTIMIZER, Schedule(8), covariance_quirk=False, **options)
+
+
 def _shares(algorithm, context, server, data):
     _, _, metrics = algorithm.more[0].local(
         context, jax.random.key(0), (), server, data
@@ -60,7 +65,7 @@ def _logits(algorithm, context, server, data, x):
 def test_a_misleading_global_gives_the_local_discriminant(problem):
     context, data, x, y = problem
     server = _server(np.full((CLASSES, DIM), 40.0), 1e4 * np.eye(DIM))
-    algorithm = pfedfda(OPTIMIZER, Schedule(8), shrinkage=1e-7, prior_floor=1e-7)
+    algorithm = build(shrinkage=1e-7, prior_floor=1e-7)
     assert _shares(algorithm, context, server, data) == (1.0, 1.0)
     # scikit-learn divides the scatter by n, the authors' code by n - 1.
     lda = LinearDiscriminantAnalysis(solver="lsqr", store_covariance=True).fit(x, y)
@@ -80,7 +85,7 @@ def test_a_perfect_global_and_little_data_give_the_global_discriminant(problem):
     data = data._replace(size=jnp.int32(1))  # one sample: nothing to validate on
     mean, cov = np.asarray([[0.0, 0.0], [2.0, 1.0], [-1.0, 2.0]]), 0.5 * np.eye(DIM)
     server = _server(mean, cov)
-    algorithm = pfedfda(OPTIMIZER, Schedule(8), shrinkage=1e-7, prior_floor=0.1)
+    algorithm = build(shrinkage=1e-7, prior_floor=0.1)
     assert _shares(algorithm, context, server, data) == (0.0, 0.0)
     label = int(data.take(jnp.arange(1), jnp.arange(1) < 1).y[0])
     prior = (np.arange(CLASSES) == label) + 0.1
@@ -117,7 +122,7 @@ def test_shares_minimise_the_cross_validated_loss(problem, single):
                 loss += np.sum(lse - logits[np.arange(len(label)), label])
             if loss < best[0]:
                 best = (loss, (bm, bc))
-    algorithm = pfedfda(OPTIMIZER, Schedule(8), shrinkage=1e-6, single_beta=single)
+    algorithm = build(shrinkage=1e-6, single_beta=single)
     got = _shares(algorithm, context, _server(mean, cov), data)
     assert 0 < best[1][0] < 1  # else the test could not tell
     np.testing.assert_allclose(got, best[1], atol=1e-6)
@@ -150,7 +155,7 @@ def test_round_by_hand(train, scalar_federation):
     # samples leave nothing to validate on, so clients send the global Gaussians
     # back, and the class means that nobody holds stay as they are.
     federation = scalar_federation([[2.0], [1.0]], [[1], [1]], w=0.5, v=1.0)
-    algorithm = pfedfda(optax.sgd(1.0), Schedule(4))
+    algorithm = pfedfda(optax.sgd(1.0), Schedule(4), covariance_quirk=False)
     old = algorithm.init(jax.random.key(0), federation)[0]
     new = train(algorithm, federation).server
     np.testing.assert_allclose(new.gaussians.mean, old.gaussians.mean, rtol=1e-6)

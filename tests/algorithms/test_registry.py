@@ -103,7 +103,7 @@ def test_description_lists_everything():
         assert sum(line.startswith(f"{name}: ") for line in lines) == 1
         for key in algorithms.hyperparameters(name):
             assert any(line.startswith(f"    {key}=") for line in lines)
-    assert "    covariance_quirk=false" in lines
+    assert "    covariance_quirk=true" in lines
 
 
 def test_the_control_has_the_head_of_pfedgm():
