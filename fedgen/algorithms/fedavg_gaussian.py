@@ -1,9 +1,11 @@
 """The control of pFedGM: its head, on an extractor that FedAvg trained.
 
-What separates the two is pFedGM's training alone: navigator, pull and re-sampling.
+With equal options of the head, what separates the two is pFedGM's training alone.
 """
 
 from __future__ import annotations
+
+import math
 
 import optax
 
@@ -17,6 +19,7 @@ def fedavg_gaussian(
     schedule: Schedule,
     *,
     gain: str = "scalar",
+    process_noise: float = math.inf,
     covariance_strength: float = 4.0,
     shrinkage: float = 0.01,
     prior_concentration: float = 0.1,
@@ -31,6 +34,7 @@ def fedavg_gaussian(
         pull=0.0,
         resampling=1.0,
         gain=gain,
+        process_noise=process_noise,
         covariance_strength=covariance_strength,
         shrinkage=shrinkage,
         prior_concentration=prior_concentration,

@@ -1,72 +1,54 @@
 """pFedGM: personalised heads by Bayesian fusion of feature statistics.
 
 Hu & Ma, "pFedGM" (arXiv 2603.11620, 2026). Only the abstract was available, so this
-is a RECONSTRUCTION that keeps its clauses: a Gaussian generator trained with
-weighted re-sampling; a dual objective, shared (classes far apart, across clients)
-and local (a class close together, within a client); a Gaussian classifier split
-into a *navigator*, which guides training, and a *statistic extractor*; fusion
-inspired by the Kalman gain at a global and at a local level; prediction by Bayes'
-rule with the global representation as prior and the client's data as likelihood.
-Equations, derivations and the readings that the abstract leaves open:
+is a RECONSTRUCTION from its clauses: a dual objective, shared (classes far apart,
+across clients) and local (a class close together, within a client); a Gaussian
+classifier split into a *navigator*, which guides training, and a *statistic
+extractor*; fusion inspired by the Kalman gain at a global and at a local level;
+prediction by Bayes' rule with the global representation as prior and the client's
+data as likelihood.
 
-    cross entropy of a Gaussian classifier = pull to the own class - push from all
     L = mean_j w_{y_j} CE(navigator(z_j), y_j) + lambda L_ext           (local loss)
     L_ext = mean_j |z_j - sg(mu_{i, y_j})|^2 / 2d                       (pull)
-    K_ic = B (B + Sigma / n_ic)^-1,  mu_ic = m_c + K_ic (zbar_ic - m_c) (local fusion)
+    m_c <- m_c + G_c (zbar_c - m_c), G_c = U_c / (U_c + R_c)            (global fusion)
+    mu_ic = m_c + K_ic (zbar_ic - m_c), K_ic = B (B + Sigma / n_ic)^-1  (local fusion)
     Sigma_i = (tau Sigma + S_i) / (tau + n_i - C_i)
     score_c(z) = T log N(z; mu_ic, Sigma_i [+ V_ic]) + log pi_ic        (prediction)
 
-A round has two exchanges: train and average the extractor, then send statistics
-under the averaged extractor (with one exchange they would belong to extractors that
-no longer exist). Tempering by `temperature` T is not in the abstract either; it
-makes up for training features being more compact than test features.
+What the abstract leaves open is an option here: the form of the navigator; weighted
+re-sampling of the data (`resampling`) or of a Gaussian generator of features
+(`generator`); an explicit distance between classes (`separation`); the class prior in
+the training loss (`prior_in_training`). Two things are this library's own. A round
+has two exchanges, since statistics sent with the weights would belong to extractors
+that no longer exist once these are averaged; and `temperature` makes up for training
+features being more compact than test features.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedgen.aggregators import gaussian
-from fedgen.algorithms import _statistics
+from fedgen.algorithms import _gaussian_head, _statistics
+from fedgen.algorithms._gaussian_head import GAINS, INFERENCES, Belief
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm, Exchange, Mean
 from fedgen.core.federation import Params
 from fedgen.core.fit import Schedule
 
-NAVIGATORS = ("gaussian", "linear")
-GAINS = (*gaussian.BETWEEN_FORMS, "global", "local")
-INFERENCES = ("plugin", "predictive")
-
-
-class Belief(NamedTuple):
-    """What all clients together say of the representation: the prior."""
-
-    mean: jax.Array  # [c, d] m_c
-    within: jax.Array  # [d, d] Sigma_g
-    between: jax.Array  # [d, d] B
-    count: jax.Array  # [c] N_c, samples behind each mean
+NAVIGATORS = ("gaussian", "linear", "cosine", "frozen")
 
 
 class Server(NamedTuple):
     """Extractor, navigator and belief."""
 
-    params: Params  # theta in "body"; the linear navigator in "head"
-    anchors: jax.Array  # [c, d] a_c, the Gaussian navigator
+    body: Params  # theta
+    navigator: Any  # a_c [c, d]; the parameters of the model's head if linear
     belief: Belief
-
-
-class Head(NamedTuple):
-    """A client's personal classifier."""
-
-    mean: jax.Array  # [c, d] mu_ic
-    cov: jax.Array  # [d, d] Sigma_i
-    mean_cov: jax.Array  # [c, d, d] V_ic; [c, 0, 0] for plug-in prediction
-    log_prior: jax.Array  # [c] log pi_ic
 
 
 def pfedgm(
@@ -76,7 +58,11 @@ def pfedgm(
     navigator: str = "gaussian",
     pull: float = 1.0,
     resampling: float = 1.0,
+    generator: float = 0.0,
+    separation: float = 0.0,
+    prior_in_training: bool = False,
     gain: str = "scalar",
+    process_noise: float = math.inf,
     covariance_strength: float = 4.0,
     shrinkage: float = 0.01,
     prior_concentration: float = 0.1,
@@ -88,183 +74,172 @@ def pfedgm(
     Args:
       optimizer: Local optimiser.
       schedule: Local epochs or steps, and minibatch.
-      navigator: "gaussian" (unit-covariance Gaussian logits) or "linear" (the
-        model's own head); with "linear" and `pull=0` training is FedAvg's.
-      pull: Weight lambda of the local objective, at least 0.
+      navigator: "gaussian" (unit-covariance Gaussian logits), "linear" (the model's
+        own head; with `pull=0` training is FedAvg's), "cosine", or "frozen" (Gaussian
+        logits at the global means, which no gradient moves).
+      pull: Weight lambda of the local objective.
       resampling: Exponent gamma in [0, 1]: classes are re-sampled in proportion to
         `n_ic ** gamma`; 1 leaves the data as they are, 0 balances the classes.
+      generator: Weight of the navigator's loss on features drawn from the global
+        Gaussians, all classes seen so far alike.
+      separation: Weight of the mean distance between anchors, capped, per feature.
+      prior_in_training: Add the client's log class frequencies to training logits.
       gain: Between-client covariance B by moments, "scalar", "diagonal" or "full";
         or the limits "global" (K = 0) and "local" (K = 1).
+      process_noise: Variance that class means gain in a round, in units of Sigma;
+        infinity forgets earlier rounds.
       covariance_strength: tau / d, weight of the global covariance.
-      shrinkage: Share rho of a spherical part in the global covariance, [0, 1].
-      prior_concentration: Pseudo-count alpha_0 of the class prior, above 0.
-      temperature: Power T of the likelihood at prediction, above 0.
+      shrinkage: Share rho of a spherical part in the global covariance.
+      prior_concentration: Pseudo-count alpha_0 of the class prior.
+      temperature: Power T of the likelihood at prediction.
       inference: "plugin" (linear) or "predictive" (integrates out the mean).
 
     Raises:
       ValueError: If an argument is out of range.
     """
-    _check("navigator", navigator, NAVIGATORS)
-    _check("gain", gain, GAINS)
-    _check("inference", inference, INFERENCES)
-    for name, value, low, high in (
-        ("pull", pull, 0, math.inf),
-        ("resampling", resampling, 0, 1),
-        ("covariance_strength", covariance_strength, 0, math.inf),
-        ("shrinkage", shrinkage, 0, 1),
-    ):
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    for name, value in (
-        ("prior_concentration", prior_concentration),
-        ("temperature", temperature),
-    ):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    _check_choice("navigator", navigator, NAVIGATORS)
+    _check_choice("gain", gain, GAINS)
+    _check_choice("inference", inference, INFERENCES)
+    _check_range("resampling", resampling, high=1.0)
+    _check_range("shrinkage", shrinkage, high=1.0)
+    _check_range("pull", pull)
+    _check_range("generator", generator)
+    _check_range("separation", separation)
+    _check_range("process_noise", process_noise)
+    _check_range("covariance_strength", covariance_strength)
+    _check_range("prior_concentration", prior_concentration, above=True)
+    _check_range("temperature", temperature, above=True)
+    if separation and navigator in ("linear", "frozen"):
+        raise ValueError(
+            f"separation must be 0 with the {navigator} navigator, which has no "
+            f"anchors to train, got {separation}"
+        )
 
     def init(key, federation):
         model = federation.only_model("pFedGM")
         c, d = federation.num_classes, model.dim
+        params = model.init(key)
         anchors = jax.random.normal(jax.random.fold_in(key, 1), (c, d)) / jnp.sqrt(d)
-        belief = Belief(jnp.zeros((c, d)), jnp.eye(d), jnp.zeros((d, d)), jnp.zeros(c))
-        return Server(model.init(key), anchors, belief), ((),)
+        trained = params["head"] if navigator == "linear" else anchors
+        return Server(params["body"], trained, _gaussian_head.no_belief(c, d)), ((),)
 
-    def navigate(context, trained, z):
-        params, anchors = trained
+    def navigate(context, weights, belief, z):
+        """Compute the logits that guide training, `[b, d] -> [b, c]`."""
         if navigator == "linear":
-            return context.model.head(params, z)
+            return context.model.head({"head": weights}, z)
+        if navigator == "cosine":
+            unit_z, unit_a = (
+                a / (jnp.linalg.norm(a, axis=-1, keepdims=True) + 1e-6)
+                for a in (z, weights)
+            )
+            return 16.0 * unit_z @ unit_a.T
+        anchors = belief.mean if navigator == "frozen" else weights
         return z @ anchors.T - jnp.sum(anchors**2, -1)[None] / 2
 
-    def measure(context, params, data):
+    def measure(context, body, data):
         """Compute T_i = (n_ic, zbar_ic, S_i) of the samples as they are."""
-        return _statistics.measure(context, params, data, schedule.batch_size)
-
-    def personal_mean(belief, statistics):
-        """Fuse the class means, mu_ic [c, d]."""
-        if gain == "global":
-            return belief.mean
-        if gain == "local":
-            known = statistics.count[:, None] > 0
-            return jnp.where(known, statistics.mean, belief.mean)
-        return gaussian.fuse_mean(
-            belief.mean,
-            belief.between,
-            statistics.mean,
-            belief.within,
-            statistics.count,
-        )
+        return _statistics.measure(context, {"body": body}, data, schedule.batch_size)
 
     def download(context, server, id_):
         del context, id_
         return server
 
     def local(context, key, client, server, data):
-        statistics = measure(context, server.params, data) if pull else None
-        if pull:
-            target = jax.lax.stop_gradient(personal_mean(server.belief, statistics))
-            # Without statistics there is nothing to be pulled to yet.
-            known = jnp.any(server.belief.count > 0).astype(jnp.float32)
-
+        belief = server.belief
+        known = _gaussian_head.known_classes(belief).astype(jnp.float32)
         count = fit.class_counts(data, context.num_classes, schedule.batch_size)
-        weight = _class_weights(count, resampling)
+        weight = _class_weights(count, resampling)  # w_c
+        log_prior = jnp.log(count + prior_concentration)[None]
+        if pull:
+            statistics = measure(context, server.body, data)
+            target = _gaussian_head.personal_mean(belief, statistics, gain)
+            target = jax.lax.stop_gradient(target)
+        if generator:
+            factor = jnp.linalg.cholesky(belief.within)
+            seen = jnp.log(known)
+
+        def shared(weights, z, y, mask, weight):
+            logits = navigate(context, weights, belief, z)
+            if prior_in_training:
+                logits += log_prior
+            each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
+            return fit.masked_mean(weight[y] * each, mask)
 
         def loss(trained, batch, key):
-            del key
-            z = context.model.embed(trained[0], batch.x)
-            each = optax.losses.softmax_cross_entropy_with_integer_labels(
-                navigate(context, trained, z), batch.y
-            )
+            body, weights = trained
+            z = context.model.embed({"body": body}, batch.x)
+            total = shared(weights, z, batch.y, batch.mask, weight)
             if pull:
                 gap = jnp.sum((z - target[batch.y]) ** 2, -1) / (2 * z.shape[-1])
-                each += pull * known * gap
-            return fit.masked_mean(weight[batch.y] * each, batch.mask)
+                # Without statistics of a class there is nothing to be pulled to yet.
+                gap = known[batch.y] * gap
+                total += pull * fit.masked_mean(gap, batch.mask)
+            if separation:
+                total -= separation * _mean_distance(weights)
+            if generator:
+                class_key, noise_key = jax.random.split(key)
+                y = jax.random.categorical(class_key, seen, shape=batch.y.shape)
+                noise = jax.random.normal(noise_key, z.shape) @ factor.T
+                drawn = shared(
+                    weights, belief.mean[y] + noise, y, known[y], jnp.ones_like(known)
+                )
+                total += generator * jnp.where(jnp.any(known > 0), drawn, 0.0)
+            return total
 
-        start = (server.params, server.anchors)
+        start = (server.body, server.navigator)
         trained, metrics = fit.fit(loss, optimizer, start, key, data, schedule)
-        params, anchors = jax.tree.map(jnp.subtract, trained, start)
-        message = (Mean(params, data.size), Mean(anchors, count[:, None]))
-        return client, message, metrics
+        body, weights = jax.tree.map(jnp.subtract, trained, start)
+        # Anchors weigh as the samples behind them; other navigators as the body.
+        rows = data.size if navigator == "linear" else count[:, None]
+        return client, (Mean(body, data.size), Mean(weights, rows)), metrics
 
     def aggregate(context, key, server, uploads):
         del context, key
         (upload,) = uploads
-        params, anchors = upload.message
+        body, weights = upload.message
         return server._replace(
-            params=optax.apply_updates(server.params, params.value),
-            anchors=server.anchors + anchors.value,
+            body=optax.apply_updates(server.body, body.value),
+            navigator=optax.apply_updates(server.navigator, weights.value),
         ), {}
 
-    def send_statistics(context, key, client, params, data):
+    def download_body(context, server, id_):
+        del context, id_
+        return server.body
+
+    def send_statistics(context, key, client, body, data):
         del key
-        statistics = measure(context, params, data)
-        freedom = gaussian.degrees_of_freedom(statistics.count)  # n_i - C_i
-        within = statistics.scatter / jnp.maximum(freedom, 1.0)
-        message = (statistics.count, statistics.mean, Mean(within, freedom))
+        message = _gaussian_head.to_message(measure(context, body, data))
         return client, message, {"steps": jnp.int32(0)}
 
     def fuse_globally(context, key, server, uploads):
-        del key
+        del context, key
         (upload,) = uploads
-        count, mean, within = upload.message
-        total = jnp.sum(count, axis=0)  # N_c
-        pooled = jnp.einsum("mc,mcd->cd", count / jnp.maximum(total, 1.0)[None], mean)
-        seen = total > 0
-        pooled = jnp.where(seen[:, None], pooled, server.belief.mean)
-        noise = jnp.where(within.weight > 0, within.value, server.belief.within)
-        unit = gaussian.shrink(noise, shrinkage)
-        between = jnp.zeros_like(unit)
-        if gain in gaussian.BETWEEN_FORMS:
-            statistics = gaussian.Statistics(count, mean, None)
-            between = gaussian.between_covariance(
-                statistics, pooled, unit, form=gain, noise=noise
-            )
-        total = jnp.where(seen, total, server.belief.count)
-        return server._replace(belief=Belief(pooled, unit, between, total)), {
-            "within": jnp.trace(unit),
-            "between": jnp.trace(between),
+        belief = _gaussian_head.fuse_globally(
+            server.belief, upload.message, gain, shrinkage, process_noise
+        )
+        return server._replace(belief=belief), {
+            "within": jnp.trace(belief.within),
+            "between": jnp.trace(belief.between),
         }
 
     def personalise(context, key, client, server, data):
         del key, client
-        belief = server.belief
-        statistics = measure(context, server.params, data)
-        cov = gaussian.fuse_covariance(
-            belief.within,
-            statistics.scatter,
-            gaussian.degrees_of_freedom(statistics.count),
-            strength=covariance_strength * context.model.dim,
+        return _gaussian_head.personal_head(
+            server.belief,
+            measure(context, server.body, data),
+            gain,
+            inference,
+            covariance_strength * context.model.dim,  # tau
+            prior_concentration,
         )
-        c = context.num_classes
-        mean, mean_cov = personal_mean(belief, statistics), jnp.zeros((c, 0, 0))
-        if inference == "predictive":
-            _, mean_cov = gaussian.fuse(
-                belief.mean,
-                belief.between,
-                statistics.mean,
-                belief.within,
-                statistics.count,
-            )
-        log_prior = gaussian.class_prior(statistics.count, prior_concentration)
-        return Head(mean, cov, mean_cov, log_prior)
 
     def predict(context, server, head, x):
-        z = context.model.embed(server.params, x)
-        if inference == "predictive":
-            return gaussian.predictive_logits(
-                z,
-                head.mean,
-                head.cov,
-                head.mean_cov,
-                head.log_prior,
-                temperature=temperature,
-            )
-        return gaussian.plugin_logits(
-            z, head.mean, head.cov, head.log_prior, temperature=temperature
-        )
+        z = context.model.embed({"body": server.body}, x)
+        return _gaussian_head.score(head, z, inference, temperature)
 
     def predict_global(context, server, x):
-        z = context.model.embed(server.params, x)
-        return navigate(context, (server.params, server.anchors), z)
+        z = context.model.embed({"body": server.body}, x)
+        return navigate(context, server.navigator, server.belief, z)
 
     return Algorithm(
         init,
@@ -273,13 +248,7 @@ def pfedgm(
         aggregate,
         predict,
         personalise,
-        more=(
-            Exchange(
-                lambda context, server, id_: server.params,
-                send_statistics,
-                fuse_globally,
-            ),
-        ),
+        more=(Exchange(download_body, send_statistics, fuse_globally),),
         predict_global=predict_global,
     )
 
@@ -292,6 +261,21 @@ def _class_weights(count: jax.Array, resampling: float) -> jax.Array:
     return jnp.where(present, share * jnp.sum(count) / jnp.maximum(count, 1.0), 0.0)
 
 
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _mean_distance(anchors: jax.Array, cap: float = 4.0) -> jax.Array:
+    """Average squared distances of anchors per feature, each capped, []."""
+    c, d = anchors.shape
+    gap = jnp.sum((anchors[:, None] - anchors[None]) ** 2, axis=-1) / d
+    return jnp.sum(jnp.minimum(gap, cap)) / (c * max(c - 1, 1))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_range(
+    name: str, value: float, *, high: float = math.inf, above: bool = False
+) -> None:
+    if not (0 < value < math.inf if above else 0 <= value <= high):
+        wanted = "> 0 and finite" if above else f"in [0, {high}]"
+        raise ValueError(f"{name} must be {wanted}, got {value}")

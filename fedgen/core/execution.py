@@ -49,7 +49,9 @@ def use_cores() -> None:
 
     To be called before JAX is first used; it has no effect on other platforms.
     """
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    # Not every system can tell which cores a process may use.
+    mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    jax.config.update("jax_num_cpu_devices", len(mine))
 
 
 def make_mesh(num_devices: int) -> Mesh | None:

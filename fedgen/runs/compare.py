@@ -18,11 +18,22 @@ import rich.console
 import scipy.stats
 
 from fedgen import algorithms
+from fedgen.runs import build, experiment
 from fedgen.runs import config as config_lib
-from fedgen.runs import experiment
 from fedgen.runs.config import Config
 
 Grid = Mapping[str, Sequence[str]]
+
+# What a grid may vary: how clients train, never the problem that they are scored on.
+TUNABLE = (
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "local_epochs",
+    "local_steps",
+    "batch_size",
+    "rounds",
+)
 
 
 class Row(NamedTuple):
@@ -63,14 +74,22 @@ def compare(
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"algorithms must be different names, got {list(names)}")
-    candidates = {name: list(_candidates(base, name, grid)) for name in names}
+    for name in names:
+        config_lib.nearest("algorithm", name, algorithms.REGISTRY)
     _check_grid(names, grid)
+    candidates = {name: list(_candidates(base, name, grid)) for name in names}
+    if base.hyperparameters:
+        raise ValueError(
+            "a comparison takes hyper-parameters as --grid=algorithm.name=value, "
+            f"got {base.hyperparameters}"
+        )
     for _, config in itertools.chain(*candidates.values()):
         config.check()
+        build.build_algorithm(config, config.algorithm)
     rows = []
     for name in names:
         tried = [_try(config, folder, console) for _, config in candidates[name]]
-        scores = [s["validation_accuracy"]["mean"] if s else -1.0 for s in tried]
+        scores = [_validation(summary) for summary in tried]
         best = int(np.argmax(scores))
         if tried[best] is None:
             raise FloatingPointError(f"{name} diverged at every point of the grid")
@@ -86,7 +105,8 @@ def compare(
 def to_markdown(rows: Sequence[Row]) -> str:
     """Write the table; differences are the first row minus each, with 95 % intervals.
 
-    Intervals are Student's, of the differences paired by client and seed.
+    Intervals are Student's, of the differences paired by client and seed. Clients of a
+    seed share a partition and a global model, so the means by seed stand beside them.
     """
     lines = [
         "| method | personal accuracy | worst decile | global | "
@@ -94,7 +114,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
         "|---|---:|---:|---:|---:|---|",
     ]
     for row in rows:
-        gap = "" if row is rows[0] else difference(rows[0], row)
+        by_seed = ", ".join(f"{100 * a:+.1f}" for a in rows[0].per_seed - row.per_seed)
+        gap = "" if row is rows[0] else f"{difference(rows[0], row)} ({by_seed})"
         whole = row.global_accuracy
         lines.append(
             f"| {row.name} | {100 * row.per_seed.mean():.1f} "
@@ -120,17 +141,16 @@ def _candidates(
     base: Config, name: str, grid: Grid
 ) -> Iterator[tuple[dict[str, str], Config]]:
     """Yield what is chosen and the configuration, for each point of the grid."""
-    fields = {field.name for field in dataclasses.fields(Config)}
     mine = {
         key: values
         for key, values in grid.items()
-        if key in fields or key.startswith(f"{name}.")
+        if key in TUNABLE or key.startswith(f"{name}.")
     }
     for point in itertools.product(*mine.values()):
         chosen = dict(zip(mine, point, strict=True))
         flags, own = {}, {}
         for key, value in chosen.items():
-            if key in fields:
+            if key in TUNABLE:
                 flags[key] = _typed(key, value)
             else:
                 own[key.removeprefix(f"{name}.")] = value
@@ -153,15 +173,14 @@ def _typed(key: str, value: str) -> Any:
 
 
 def _check_grid(names: Sequence[str], grid: Grid) -> None:
-    fields = [field.name for field in dataclasses.fields(Config)]
     for key in grid:
         name, _, own = key.partition(".")
         if own and name in names:
             config_lib.nearest(
                 f"hyper-parameter of {name}", own, algorithms.hyperparameters(name)
             )
-        elif key not in fields:
-            known = fields + [f"{name}." for name in names]
+        else:
+            known = [*TUNABLE, *(f"{name}." for name in names)]
             config_lib.nearest("grid name", key, known)
 
 
@@ -174,6 +193,12 @@ def _run(
     if summary.exists():
         return json.loads(summary.read_text())
     return experiment.run(config, str(path), resume=path.exists(), console=console)
+
+
+def _validation(summary: dict[str, Any] | None) -> float:
+    """Return what chooses: accuracy on validation rows, below all others if none."""
+    mean = summary and summary["validation_accuracy"]["mean"]
+    return -1.0 if mean is None else mean
 
 
 def _try(

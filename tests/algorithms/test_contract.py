@@ -37,12 +37,19 @@ BODY, HEAD = 4 * 6 + 6 + 6 * 5 + 5, 5 * 4 + 4
 WEIGHTS = BODY + HEAD
 # A `Mean` also carries its weight.
 AVERAGED = 4 * WEIGHTS, 4 * WEIGHTS + 4
-# Weights, anchors [c, d] and belief (m, Sigma, B, N), then the new weights; up weights
-# and anchors, then n_ic, zbar_ic and a covariance, with the weights of the means.
-GAUSSIAN = (
-    4 * (WEIGHTS + 20 + (20 + 25 + 25 + 4) + WEIGHTS),
-    4 * (WEIGHTS + 1 + 20 + 4 + 4 + 20 + 25 + 1),
-)
+
+
+def gaussian(navigator: int, weights: int) -> tuple[int, int]:
+    """Count a round of pFedGM, given the numbers of a navigator and of its weight.
+
+    Down the body, the navigator and the belief (m, U, Sigma, B), then the new body; up
+    body and navigator, then n_ic, zbar_ic and a covariance, with their weights.
+    """
+    down = BODY + navigator + (20 + 4 + 25 + 25) + BODY
+    up = BODY + 1 + navigator + weights + 4 + 20 + 25 + 1
+    return 4 * down, 4 * up
+
+
 TRAFFIC = {
     # Weights down twice; up, then first and second moments [c, d], [c, d, d] with c
     # weights each.
@@ -50,7 +57,7 @@ TRAFFIC = {
     "fedadam": AVERAGED,
     "fedavg": AVERAGED,
     "fedavg_ft": AVERAGED,
-    "fedavg_gaussian": GAUSSIAN,
+    "fedavg_gaussian": gaussian(HEAD, 1),
     "fedper": (4 * BODY, 4 * BODY + 4),
     # Prototypes [c, d] and their counts [c].
     "fedproto": (4 * (20 + 4), 4 * (20 + 4)),
@@ -60,7 +67,7 @@ TRAFFIC = {
     # Body and Gaussians (means [c, d], covariance [d, d]) twice down; up the body,
     # then the Gaussians, whose means are weighted class by class.
     "pfedfda": (8 * (BODY + 20 + 25), 4 * (BODY + 1 + 20 + 4 + 25 + 1)),
-    "pfedgm": GAUSSIAN,
+    "pfedgm": gaussian(5 * 4, 4),
 }
 LEARNING_RATE = {"pfedfda": 0.002}
 # Algorithms that serve several architectures; the rest average weights.

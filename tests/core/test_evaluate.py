@@ -172,7 +172,7 @@ def test_unseen_clients_train_from_the_given_server(toy_federation):
         )
         expected, _, _ = algorithm.local(
             federation.context(0),
-            jax.random.fold_in(round_key, i),
+            jax.random.fold_in(jax.random.fold_in(round_key, 0), i),
             start[i],
             seen.server.params,
             data,
