@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from fedgen.aggregators import gaussian
-from fedgen.algorithms import make
+from fedgen.algorithms import _gaussian_head, make
 from fedgen.core import evaluate, participation, rounds, simulate
+from fedgen.core.algorithm import Mean
 from fedgen.core.execution import Execution
 from fedgen.core.federation import Data
 from fedgen.core.fit import Schedule
@@ -24,8 +25,18 @@ def federation(toy_federation):
     return toy_federation()
 
 
+TRAINED = {}
+
+
 def train(name, federation, schedule=Schedule(4, 1), num_rounds=ROUNDS, **options):
-    """Run some rounds, and return the algorithm and its final state."""
+    """Run some rounds, once; return the algorithm, its final state and reports."""
+    point = (name, schedule, num_rounds, *sorted(options.items()))
+    if point not in TRAINED:
+        TRAINED[point] = _train(name, federation, schedule, num_rounds, options)
+    return TRAINED[point]
+
+
+def _train(name, federation, schedule, num_rounds, options):
     optimizer = optax.sgd(0.05, momentum=0.5)
     algorithm = make(name, optimizer, schedule, options)
     round_fn = rounds.make_round(algorithm, participation.full(), Execution(1))
@@ -186,13 +197,10 @@ def test_the_pull_makes_classes_compact(federation):
     )
 
 
-def test_resampling_balances_classes(federation):
-    """With gamma = 0 the first step weighs the classes of a client alike."""
-    algorithm, _, _ = train(
-        "pfedgm", federation, Schedule(64, 1), num_rounds=1, resampling=0.0, pull=0.0
-    )
+def first_loss(federation, server=None, client=2, **options):
+    """Return the loss of a client's first step on all its data, and what it saw."""
+    algorithm = make("pfedgm", optax.sgd(0.1), Schedule(64, 1), {"pull": 0.0} | options)
     context, (cohort,) = federation.context(0), federation.cohorts
-    client = 2
     data = Data(
         federation.pool,
         cohort.order,
@@ -200,16 +208,104 @@ def test_resampling_balances_classes(federation):
         cohort.train.size[client],
         jnp.float32(1),
     )
-    server, _ = algorithm.init(KEY, federation)
-    _, _, metrics = algorithm.local(context, KEY, (), server, data)
-    start, size = int(data.start), int(data.size)
-    row = np.asarray(cohort.order)[start : start + size]
+    server = server or algorithm.init(KEY, federation)[0]
+    metrics = jax.jit(lambda s: algorithm.local(context, KEY, (), s, data)[2])(server)
+    row = np.asarray(cohort.order)[int(data.start) : int(data.start + data.size)]
     z = context.model.embed({"body": server.body}, federation.pool.x[row])
-    logits = z @ server.navigator.T - jnp.sum(server.navigator**2, -1)[None] / 2
-    y = federation.pool.y[row]
-    nll = -jax.nn.log_softmax(logits)[np.arange(size), y]
-    by_class = [float(nll[y == c].mean()) for c in np.unique(y)]
-    np.testing.assert_allclose(metrics["loss"], np.mean(by_class), rtol=1e-4)
+    return (
+        float(metrics["loss"]),
+        np.asarray(z),
+        np.asarray(federation.pool.y[row]),
+        server,
+    )
+
+
+def nll(logits, y):
+    return -np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))[np.arange(len(y)), y]
+
+
+def gaussian_logits(z, anchors):
+    return z @ anchors.T - (anchors**2).sum(-1)[None] / 2
+
+
+def test_resampling_balances_classes(federation):
+    """With gamma = 0 the first step weighs the classes of a client alike."""
+    loss, z, y, server = first_loss(federation, resampling=0.0)
+    each = nll(gaussian_logits(z, np.asarray(server.navigator)), y)
+    by_class = [each[y == c].mean() for c in np.unique(y)]
+    np.testing.assert_allclose(loss, np.mean(by_class), rtol=1e-4)
+    assert abs(np.mean(by_class) - each.mean()) > 1e-4
+
+
+def test_readings_of_the_shared_objective(federation, trained):
+    """Each option against its formula in NumPy, on one full batch."""
+    _, state, _ = trained
+    server = state.server
+    anchors, means = np.asarray(server.navigator), np.asarray(server.belief.mean)
+
+    loss, z, y, _ = first_loss(federation, server)
+    plain = nll(gaussian_logits(z, anchors), y).mean()
+    np.testing.assert_allclose(loss, plain, rtol=1e-4)
+
+    loss, *_ = first_loss(federation, server, navigator="frozen")
+    np.testing.assert_allclose(
+        loss, nll(gaussian_logits(z, means), y).mean(), rtol=1e-3
+    )
+
+    loss, *_ = first_loss(federation, server, navigator="cosine")
+    unit = [a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (z, anchors)]
+    expected = nll(16 * unit[0] @ unit[1].T, y).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
+
+    loss, *_ = first_loss(federation, server, prior_in_training=True)
+    prior = np.log(np.bincount(y, minlength=4) + 0.1)[None]
+    expected = nll(gaussian_logits(z, anchors) + prior, y).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+    loss, *_ = first_loss(federation, server, separation=0.5)
+    gap = ((anchors[:, None] - anchors[None]) ** 2).sum(-1) / anchors.shape[1]
+    expected = plain - 0.5 * np.minimum(gap, 4.0).sum() / (4 * 3)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+    # The generator is random, but its loss is linear in its weight, and none before
+    # there are statistics to draw from.
+    once, *_ = first_loss(federation, server, generator=1.0)
+    twice, *_ = first_loss(federation, server, generator=2.0)
+    assert once > plain
+    np.testing.assert_allclose(twice - plain, 2 * (once - plain), rtol=1e-3)
+    fresh, *_ = first_loss(federation)
+    drawn, *_ = first_loss(federation, generator=1.0)
+    np.testing.assert_allclose(drawn, fresh, rtol=1e-6)
+
+
+def test_a_class_new_to_the_server_has_no_prior(federation, trained):
+    algorithm, state, _ = trained
+    belief = state.server.belief
+    count, mean, _ = own_statistics(federation, state.server.body, 2)
+    (held, *_) = np.flatnonzero(count)
+    forgotten = belief._replace(
+        mean=belief.mean.at[held].set(0.0),
+        variance=belief.variance.at[held].set(jnp.inf),
+    )
+    state = state._replace(server=state.server._replace(belief=forgotten))
+    head = head_of(algorithm, federation, state, 2)
+    np.testing.assert_allclose(head.mean[held], mean[held], rtol=1e-3, atol=1e-4)
+
+
+def test_a_round_that_says_nothing_leaves_the_belief(trained):
+    _, state, _ = trained
+    belief = state.server.belief
+    c, d = belief.mean.shape
+    silent = _gaussian_head.Message(
+        jnp.zeros((3, c)),
+        jnp.zeros((3, c, d)),
+        Mean(jnp.zeros((d, d)), jnp.float32(0)),
+    )
+    for process_noise in (0.0, jnp.inf):
+        after = _gaussian_head.fuse_globally(
+            belief, silent, "scalar", 0.01, process_noise
+        )
+        jax.tree.map(np.testing.assert_array_equal, after, belief)
 
 
 def test_it_beats_fedavg_under_label_skew(federation):
@@ -234,6 +330,8 @@ def test_it_beats_fedavg_under_label_skew(federation):
         ("shrinkage", 2.0, "shrinkage must be"),
         ("prior_concentration", 0.0, "prior_concentration must be"),
         ("temperature", 0.0, "temperature must be"),
+        ("generator", -1.0, "generator must be"),
+        ("process_noise", -1.0, "process_noise must be"),
     ],
 )
 def test_options_out_of_range_are_named(option, value, message):
