@@ -92,9 +92,10 @@ def fuse_globally(
         between=scale,
         process_noise=process_noise,
     )
-    # With infinite process noise the variance of a class that nobody holds in this
-    # round is infinite too, though its old mean is still the best there is.
-    variance = jnp.where(total > 0, variance, belief.variance)
+    # Infinite process noise would call a class unknown that nobody holds in this
+    # round, though its old mean is still the best there is.
+    told = (total > 0) | jnp.isfinite(variance)
+    variance = jnp.where(told, variance, belief.variance)
     between = belief.between
     if gain in gaussian.BETWEEN_FORMS:
         estimate = gaussian.between_covariance(

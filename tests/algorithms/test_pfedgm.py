@@ -306,6 +306,9 @@ def test_a_round_that_says_nothing_leaves_the_belief(trained):
             belief, silent, "scalar", 0.01, process_noise
         )
         jax.tree.map(np.testing.assert_array_equal, after, belief)
+    drifted = _gaussian_head.fuse_globally(belief, silent, "scalar", 0.01, 0.5)
+    np.testing.assert_allclose(drifted.variance, belief.variance + 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(drifted.mean, belief.mean)
 
 
 def test_it_beats_fedavg_under_label_skew(federation):
