@@ -19,7 +19,8 @@ from fedgen.runs import compare
 ALGORITHMS = flags.DEFINE_list(
     "algorithms",
     ["pfedgm", "fedavg_gaussian", "local_only", "fedavg"],
-    "Algorithms to compare, the one of interest first.",
+    "Algorithms to compare, the one of interest first; name:hyperparameter=value:... "
+    "fixes some, so that variants of one algorithm can stand side by side.",
 )
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, counted from --seed.")
 GRID = flags.DEFINE_multi_string(

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +36,16 @@ TUNABLE = (
 )
 
 
+class Method(NamedTuple):
+    """One line of a comparison: an algorithm, with hyper-parameters of its own."""
+
+    name: str  # as asked for: algorithm[:hyperparameter=value...]
+    algorithm: str
+    fixed: dict[str, str]
+
+
 class Row(NamedTuple):
-    """One algorithm of a comparison; accuracies of clients, in [0, 1]."""
+    """What a method achieved; accuracies of clients, in [0, 1]."""
 
     name: str
     chosen: dict[str, str]  # what of the grid won on validation
@@ -59,7 +67,9 @@ def compare(
 
     Args:
       base: The flags that all runs share.
-      names: Algorithms; the first is the one that the others are compared with.
+      names: Algorithms, the first being the one that the others are compared with;
+        `algorithm:name=value:...` fixes hyper-parameters, so that one algorithm can
+        have several lines.
       seeds: Number of seeds, counted from `base.seed`.
       grid: Values to try, by the name of a flag, for all algorithms, or by
         `algorithm.hyperparameter`, for one.
@@ -74,26 +84,25 @@ def compare(
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"algorithms must be different names, got {list(names)}")
-    for name in names:
-        config_lib.nearest("algorithm", name, algorithms.REGISTRY)
-    _check_grid(names, grid)
-    candidates = {name: list(_candidates(base, name, grid)) for name in names}
+    methods = [_parse(name) for name in names]
+    _check_grid({method.algorithm for method in methods}, grid)
+    candidates = [list(_candidates(base, method, grid)) for method in methods]
     if base.hyperparameters:
         raise ValueError(
             "a comparison takes hyper-parameters as --grid=algorithm.name=value, "
             f"got {base.hyperparameters}"
         )
-    for _, config in itertools.chain(*candidates.values()):
+    for _, config in itertools.chain(*candidates):
         config.check()
         build.build_algorithm(config, config.algorithm)
     rows = []
-    for name in names:
-        tried = [_try(config, folder, console) for _, config in candidates[name]]
+    for name, points in zip(names, candidates, strict=True):
+        tried = [_try(config, folder, console) for _, config in points]
         scores = [_validation(summary) for summary in tried]
         best = int(np.argmax(scores))
         if tried[best] is None:
             raise FloatingPointError(f"{name} diverged at every point of the grid")
-        chosen, config = candidates[name][best]
+        chosen, config = points[best]
         summaries = [tried[best]] + [
             _run(dataclasses.replace(config, seed=base.seed + i), folder, console)
             for i in range(1, seeds)
@@ -137,27 +146,41 @@ def difference(a: Row, b: Row) -> str:
     return f"{gap.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def _parse(name: str) -> Method:
+    algorithm, *settings = name.split(":")
+    config_lib.nearest("algorithm", algorithm, algorithms.REGISTRY)
+    fixed = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if not key or not value:
+            raise ValueError(
+                f"a method must be algorithm[:hyperparameter=value...], got {name!r}"
+            )
+        fixed[key] = value
+    return Method(name, algorithm, fixed)
+
+
 def _candidates(
-    base: Config, name: str, grid: Grid
+    base: Config, method: Method, grid: Grid
 ) -> Iterator[tuple[dict[str, str], Config]]:
     """Yield what is chosen and the configuration, for each point of the grid."""
-    mine = {
-        key: values
-        for key, values in grid.items()
-        if key in TUNABLE or key.startswith(f"{name}.")
-    }
-    for point in itertools.product(*mine.values()):
-        chosen = dict(zip(mine, point, strict=True))
-        flags, own = {}, {}
-        for key, value in chosen.items():
-            if key in TUNABLE:
-                flags[key] = _typed(key, value)
-            else:
-                own[key.removeprefix(f"{name}.")] = value
+    axes = {}
+    for key, values in grid.items():
+        algorithm, _, own = key.rpartition(".")
+        if not algorithm or (algorithm == method.algorithm and own not in method.fixed):
+            axes[own] = values
+    for point in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, point, strict=True))
+        flags = {k: _typed(k, v) for k, v in chosen.items() if k in TUNABLE}
+        own = {k: v for k, v in chosen.items() if k not in TUNABLE}
         yield (
-            {key.removeprefix(f"{name}."): value for key, value in chosen.items()},
+            chosen,
             dataclasses.replace(
-                base, algorithm=name, baselines=(), hyperparameters=own, **flags
+                base,
+                algorithm=method.algorithm,
+                baselines=(),
+                hyperparameters={**method.fixed, **own},
+                **flags,
             ),
         )
 
@@ -172,15 +195,15 @@ def _typed(key: str, value: str) -> Any:
         ) from None
 
 
-def _check_grid(names: Sequence[str], grid: Grid) -> None:
+def _check_grid(names: Collection[str], grid: Grid) -> None:
     for key in grid:
-        name, _, own = key.partition(".")
-        if own and name in names:
+        name, _, own = key.rpartition(".")
+        if name in names:
             config_lib.nearest(
                 f"hyper-parameter of {name}", own, algorithms.hyperparameters(name)
             )
         else:
-            known = [*TUNABLE, *(f"{name}." for name in names)]
+            known = [*TUNABLE, *(f"{name}." for name in sorted(names))]
             config_lib.nearest("grid name", key, known)
 
 

@@ -72,6 +72,19 @@ def test_a_grid_of_one_algorithm_leaves_the_others_alone(asked, tmp_path):
     assert pulls == [{"pull": "0.5"}, {"pull": "1.0"}, {}]
 
 
+def test_variants_of_an_algorithm_stand_side_by_side(asked, tmp_path):
+    names = ("pfedgm", "pfedgm:gain=global:temperature=0.5")
+    grid = {"pfedgm.temperature": ["0.7", "1.0"], "pfedgm.pull": ["2.0"]}
+    rows = run(tmp_path, grid, names, seeds=1)
+    assert [row.name for row in rows] == list(names)
+    assert [config.hyperparameters for config in asked] == [
+        {"temperature": "0.7", "pull": "2.0"},
+        {"temperature": "1.0", "pull": "2.0"},
+        {"gain": "global", "temperature": "0.5", "pull": "2.0"},
+    ]
+    assert rows[1].chosen == {"pull": "2.0"}
+
+
 def test_the_interval_is_students_of_paired_differences(asked, tmp_path):
     ours, local = run(tmp_path)
     gap = 100 * (ours.per_client - local.per_client)
@@ -106,6 +119,8 @@ def test_clients_without_test_rows_drop_out_of_the_interval():
         ({"names": ()}, "algorithms must be different"),
         ({"names": ("pfedgm", "pfedgm")}, "algorithms must be different"),
         ({"names": ("pfedgn",)}, "did you mean 'pfedgm'"),
+        ({"names": ("pfedgm:gai=full",)}, "did you mean 'gain'"),
+        ({"names": ("pfedgm:gain",)}, "a method must be"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"grid": {"learning_rat": ["1"]}}, "did you mean 'learning_rate'"),
         ({"grid": {"pfedgm.pul": ["1"]}}, "did you mean 'pull'"),
