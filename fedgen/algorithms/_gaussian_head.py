@@ -125,6 +125,18 @@ def personal_mean(belief: Belief, statistics: Statistics, gain: str) -> jax.Arra
     return jnp.where(unheard[:, None], statistics.mean, fused)
 
 
+def personal_covariance(
+    belief: Belief, statistics: Statistics, strength: float
+) -> jax.Array:
+    """Fuse the covariance within classes, Sigma_i `[d, d]`."""
+    return gaussian.fuse_covariance(
+        belief.within,
+        statistics.scatter,
+        gaussian.degrees_of_freedom(statistics.count),
+        strength=strength,
+    )
+
+
 def personal_head(
     belief: Belief,
     statistics: Statistics,
@@ -134,12 +146,6 @@ def personal_head(
     concentration: float,
 ) -> Head:
     """Fuse prior and likelihood into a client's classifier."""
-    cov = gaussian.fuse_covariance(
-        belief.within,
-        statistics.scatter,
-        gaussian.degrees_of_freedom(statistics.count),
-        strength=strength,
-    )
     count = statistics.count
     mean_cov = jnp.zeros((count.shape[0], 0, 0))
     if inference == "predictive" and gain == "local":
@@ -151,7 +157,7 @@ def personal_head(
         )
     return Head(
         personal_mean(belief, statistics, gain),
-        cov,
+        personal_covariance(belief, statistics, strength),
         mean_cov,
         gaussian.class_prior(count, concentration),
     )

@@ -9,7 +9,7 @@ prediction by Bayes' rule with the global representation as prior and the client
 data as likelihood.
 
     L = mean_j w_{y_j} CE(navigator(z_j), y_j) + lambda L_ext           (local loss)
-    L_ext = mean_j |z_j - sg(mu_{i, y_j})|^2 / 2d                       (pull)
+    L_ext = mean_j |z_j - sg(mu_{i, y_j})|^2_Lambda / 2d                (pull)
     m_c <- m_c + G_c (zbar_c - m_c), G_c = U_c / (U_c + R_c)            (global fusion)
     mu_ic = m_c + K_ic (zbar_ic - m_c), K_ic = B (B + Sigma / n_ic)^-1  (local fusion)
     Sigma_i = (tau Sigma + S_i) / (tau + n_i - C_i)
@@ -17,11 +17,12 @@ data as likelihood.
 
 What the abstract leaves open is an option here: the form of the navigator; weighted
 re-sampling of the data (`resampling`) or of a Gaussian generator of features
-(`generator`); an explicit distance between classes (`separation`); the class prior in
-the training loss (`prior_in_training`). Two things are this library's own. A round
-has two exchanges, since statistics sent with the weights would belong to extractors
-that no longer exist once these are averaged; and `temperature` makes up for training
-features being more compact than test features.
+(`generator`); an explicit distance between classes (`separation`); the metric Lambda of
+the pull (`pull_metric`); the class prior in the training loss (`prior_in_training`);
+navigator and extractor trained together or in turn (`alternate`). Two things are this
+library's own. A round has two exchanges, since statistics sent with the weights would
+belong to extractors that no longer exist once these are averaged; and `temperature`
+makes up for training features being more compact than test features.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from fedgen.core.federation import Params
 from fedgen.core.fit import Schedule
 
 NAVIGATORS = ("gaussian", "linear", "cosine", "frozen")
+METRICS = ("identity", "precision")
 
 
 class Server(NamedTuple):
@@ -57,10 +59,12 @@ def pfedgm(
     *,
     navigator: str = "gaussian",
     pull: float = 1.0,
+    pull_metric: str = "identity",
     resampling: float = 1.0,
     generator: float = 0.0,
     separation: float = 0.0,
     prior_in_training: bool = False,
+    alternate: bool = False,
     gain: str = "scalar",
     process_noise: float = math.inf,
     covariance_strength: float = 4.0,
@@ -78,12 +82,16 @@ def pfedgm(
         own head; with `pull=0` training is FedAvg's), "cosine", or "frozen" (Gaussian
         logits at the global means, which no gradient moves).
       pull: Weight lambda of the local objective.
+      pull_metric: Its metric Lambda, "identity" or "precision" (that of the client's
+        fused covariance, scaled to trace d).
       resampling: Exponent gamma in [0, 1]: classes are re-sampled in proportion to
         `n_ic ** gamma`; 1 leaves the data as they are, 0 balances the classes.
       generator: Weight of the navigator's loss on features drawn from the global
         Gaussians, all classes seen so far alike.
       separation: Weight of the mean distance between anchors, capped, per feature.
       prior_in_training: Add the client's log class frequencies to training logits.
+      alternate: Train first the navigator alone, then the extractor alone, each for
+        the whole schedule.
       gain: Between-client covariance B by moments, "scalar", "diagonal" or "full";
         or the limits "global" (K = 0) and "local" (K = 1).
       process_noise: Variance that class means gain in a round, in units of Sigma;
@@ -98,6 +106,7 @@ def pfedgm(
       ValueError: If an argument is out of range.
     """
     _check_choice("navigator", navigator, NAVIGATORS)
+    _check_choice("pull_metric", pull_metric, METRICS)
     _check_choice("gain", gain, GAINS)
     _check_choice("inference", inference, INFERENCES)
     _check_range("resampling", resampling, high=1.0)
@@ -140,6 +149,17 @@ def pfedgm(
         """Compute T_i = (n_ic, zbar_ic, S_i) of the samples as they are."""
         return _statistics.measure(context, {"body": body}, data, schedule.batch_size)
 
+    def pull_precision(belief, statistics):
+        """Compute Lambda `[d, d]`, of trace d."""
+        d = belief.within.shape[0]
+        cov = _gaussian_head.personal_covariance(
+            belief, statistics, covariance_strength * d
+        )
+        precision = jax.scipy.linalg.cho_solve(
+            (jnp.linalg.cholesky(cov), True), jnp.eye(d)
+        )
+        return precision * d / jnp.trace(precision)
+
     def download(context, server, id_):
         del context, id_
         return server
@@ -154,6 +174,8 @@ def pfedgm(
             statistics = measure(context, server.body, data)
             target = _gaussian_head.personal_mean(belief, statistics, gain)
             target = jax.lax.stop_gradient(target)
+            if pull_metric == "precision":
+                metric = jax.lax.stop_gradient(pull_precision(belief, statistics))
         if generator:
             factor = jnp.linalg.cholesky(belief.within)
             seen = jnp.log(known)
@@ -170,7 +192,9 @@ def pfedgm(
             z = context.model.embed({"body": body}, batch.x)
             total = shared(weights, z, batch.y, batch.mask, weight)
             if pull:
-                gap = jnp.sum((z - target[batch.y]) ** 2, -1) / (2 * z.shape[-1])
+                gap = z - target[batch.y]
+                scaled = gap if pull_metric == "identity" else gap @ metric
+                gap = jnp.sum(scaled * gap, -1) / (2 * z.shape[-1])
                 # Without statistics of a class there is nothing to be pulled to yet.
                 gap = known[batch.y] * gap
                 total += pull * fit.masked_mean(gap, batch.mask)
@@ -186,8 +210,28 @@ def pfedgm(
                 total += generator * jnp.where(jnp.any(known > 0), drawn, 0.0)
             return total
 
-        start = (server.body, server.navigator)
-        trained, metrics = fit.fit(loss, optimizer, start, key, data, schedule)
+        start = body, weights = server.body, server.navigator
+        if alternate:
+            weights, before = fit.fit(
+                lambda weights, *rest: loss((body, weights), *rest),
+                optimizer,
+                weights,
+                jax.random.fold_in(key, 1),
+                data,
+                schedule,
+            )
+            body, metrics = fit.fit(
+                lambda body, *rest: loss((body, weights), *rest),
+                optimizer,
+                body,
+                key,
+                data,
+                schedule,
+            )
+            metrics["steps"] += before["steps"]
+            trained = (body, weights)
+        else:
+            trained, metrics = fit.fit(loss, optimizer, start, key, data, schedule)
         body, weights = jax.tree.map(jnp.subtract, trained, start)
         # Anchors weigh as the samples behind them; other navigators as the body.
         rows = data.size if navigator == "linear" else count[:, None]

@@ -160,8 +160,6 @@ def fold(
         return i + 1, fn(value, data.take(position, position < data.size))
 
     steps = _ceil_div(data.size, batch_size)
-    # A client that is only padding this round owes no work.
-    steps = jnp.where(data.work > 0, steps, 0)
     return jax.lax.while_loop(lambda c: c[0] < steps, step, (jnp.int32(0), init))[1]
 
 

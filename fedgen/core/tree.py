@@ -34,20 +34,16 @@ def all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
 
 
-def weighted_mean(tree: PyTree, weight: jax.Array, default: PyTree = None) -> PyTree:
-    """Average over the leading axis, `[m, ...] -> [...]`.
+def weighted_mean(tree: PyTree, weight: jax.Array) -> PyTree:
+    """Average over the leading axis, `[m, ...] -> [...]`; 0 if all weights are 0.
 
     Args:
       tree: Leaves `[m, ...]`.
       weight: `[m]`, non-negative.
-      default: What to return if all weights are 0; zeros unless given.
     """
     total = jnp.sum(weight)
     share = weight / jnp.where(total > 0, total, 1.0)
-    mean = jax.tree.map(lambda a: jnp.tensordot(share.astype(a.dtype), a, axes=1), tree)
-    if default is None:
-        return mean
-    return jax.tree.map(lambda a, b: jnp.where(total > 0, a, b), mean, default)
+    return jax.tree.map(lambda a: jnp.tensordot(share.astype(a.dtype), a, axes=1), tree)
 
 
 def broadcast(tree: PyTree, n: int) -> PyTree:

@@ -223,7 +223,12 @@ def _read_npz(path: pathlib.Path, name: str) -> Source:
         y = np.concatenate([arrays[f"y{part}"] for part in parts])
     except ValueError as error:
         raise ValueError(f"the parts of {path} do not fit together: {error}") from error
-    num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else None
+    num_classes = arrays.get("num_classes")
+    if num_classes is not None and num_classes.size != 1:
+        raise ValueError(
+            f"num_classes of {path} must be one number, got shape {num_classes.shape}"
+        )
+    num_classes = None if num_classes is None else int(num_classes.item())
     return _source(name, x, y, num_classes, arrays.get("users"))
 
 

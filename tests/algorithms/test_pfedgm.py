@@ -11,7 +11,7 @@ import pytest
 from fedgen.aggregators import gaussian
 from fedgen.algorithms import _gaussian_head, make
 from fedgen.core import evaluate, participation, rounds, simulate
-from fedgen.core.algorithm import Mean
+from fedgen.core.algorithm import Algorithm, Mean
 from fedgen.core.execution import Execution
 from fedgen.core.federation import Data
 from fedgen.core.fit import Schedule
@@ -49,6 +49,18 @@ def _train(name, federation, schedule, num_rounds, options):
 @pytest.fixture(scope="module")
 def trained(federation):
     return train("pfedgm", federation)
+
+
+def measured(federation, trained, **options):
+    """Let the clients of a trained extractor measure and fuse under other options."""
+    algorithm = make("pfedgm", optax.sgd(0.05), Schedule(4, 1), options)
+    second = Algorithm(algorithm.init, *algorithm.more[0], algorithm.predict)
+    round_fn = rounds.make_round(second, participation.full(), Execution())
+    _, state, _ = trained
+    shape = state.server.belief.mean.shape
+    fresh = state.server._replace(belief=_gaussian_head.no_belief(*shape))
+    state = state._replace(server=fresh)
+    return algorithm, jax.jit(round_fn)(state, federation, KEY)[0]
 
 
 def own_statistics(federation, body, client):
@@ -120,8 +132,8 @@ def test_the_belief_is_that_of_the_averaged_extractor(federation, trained):
 
 
 @pytest.mark.parametrize("gain", gaussian.BETWEEN_FORMS)
-def test_between_covariance_is_the_moment_estimate(federation, gain):
-    _, state, _ = train("pfedgm", federation, gain=gain)
+def test_between_covariance_is_the_moment_estimate(federation, trained, gain):
+    _, state = measured(federation, trained, gain=gain)
     count, mean, scatter = all_statistics(federation, state.server.body)
     stats = gaussian.Statistics(
         *(jnp.asarray(a, jnp.float32) for a in (count, mean, scatter))
@@ -135,8 +147,8 @@ def test_between_covariance_is_the_moment_estimate(federation, gain):
 
 
 @pytest.mark.parametrize("gain", ["scalar", "full", "global", "local"])
-def test_the_personal_head_fuses_prior_and_likelihood(federation, gain):
-    algorithm, state, _ = train("pfedgm", federation, gain=gain)
+def test_the_personal_head_fuses_prior_and_likelihood(federation, trained, gain):
+    algorithm, state = measured(federation, trained, gain=gain)
     belief, client = state.server.belief, 2
     head = head_of(algorithm, federation, state, client)
     count, mean, scatter = own_statistics(federation, state.server.body, client)
@@ -175,12 +187,14 @@ def test_prediction_is_bayes_rule(federation, trained):
     np.testing.assert_allclose(jax.nn.softmax(logits), expected, atol=2e-4)
 
 
-def test_plugin_and_predictive_agree_without_spread_between_clients(federation):
+def test_plugin_and_predictive_agree_without_spread_between_clients(
+    federation, trained
+):
     # With K = 0 the posterior covariance V is 0 and both are the same classifier.
     scores = []
     for inference in ("plugin", "predictive"):
-        algorithm, state, _ = train(
-            "pfedgm", federation, gain="global", inference=inference
+        algorithm, state = measured(
+            federation, trained, gain="global", inference=inference
         )
         head = head_of(algorithm, federation, state, 5)
         context = federation.context(0)
@@ -278,6 +292,57 @@ def test_readings_of_the_shared_objective(federation, trained):
     np.testing.assert_allclose(drawn, fresh, rtol=1e-6)
 
 
+@pytest.mark.parametrize("pull_metric", ["identity", "precision"])
+def test_the_pull_by_hand(federation, trained, pull_metric):
+    _, state, _ = trained
+    server, belief = state.server, state.server.belief
+    plain, z, y, _ = first_loss(federation, server)
+    loss, *_ = first_loss(federation, server, pull=2.0, pull_metric=pull_metric)
+    count, mean, scatter = own_statistics(federation, server.body, 2)
+    m, sigma, b = (
+        np.asarray(a, np.float64) for a in (belief.mean, belief.within, belief.between)
+    )
+    d, freedom = sigma.shape[0], np.maximum(count - 1, 0).sum()
+    target = [
+        m[c] + b @ np.linalg.solve(b + sigma / n, mean[c] - m[c]) if n else m[c]
+        for c, n in enumerate(count)
+    ]
+    cov = (4.0 * d * sigma + scatter) / (4.0 * d + freedom)
+    metric = np.eye(d) if pull_metric == "identity" else np.linalg.inv(cov)
+    gap = z - np.stack(target)[y]
+    each = np.einsum("bd,de,be->b", gap, metric * d / np.trace(metric), gap) / (2 * d)
+    np.testing.assert_allclose(loss, plain + 2.0 * each.mean(), rtol=1e-3)
+
+
+def test_in_turn_the_navigator_learns_before_the_extractor_moves(federation):
+    """One step each on all data: the extractor's gradient is at the new anchors."""
+    options = {"pull": 0.0, "alternate": True}
+    algorithm = make("pfedgm", optax.sgd(0.1), Schedule(64, 1), options)
+    context, (cohort,) = federation.context(0), federation.cohorts
+    rows = cohort.train.start[2], cohort.train.size[2]
+    data = Data(federation.pool, cohort.order, *rows, jnp.float32(1))
+    server = algorithm.init(KEY, federation)[0]
+    _, message, metrics = algorithm.local(context, KEY, (), server, data)
+    row = np.asarray(cohort.order)[int(rows[0]) : int(sum(rows))]
+    x, y = federation.pool.x[row], federation.pool.y[row]
+
+    def loss(body, anchors):
+        z = context.model.embed({"body": body}, x)
+        logits = z @ anchors.T - jnp.sum(anchors**2, -1)[None] / 2
+        each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
+        return each.mean()
+
+    step = -0.1 * jax.grad(loss, argnums=1)(server.body, server.navigator)
+    body = jax.grad(loss)(server.body, server.navigator + step)
+    np.testing.assert_allclose(message[1].value, step, rtol=1e-3, atol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, -0.1 * b, rtol=1e-3, atol=1e-6),
+        message[0].value,
+        body,
+    )
+    assert int(metrics["steps"]) == 2
+
+
 def test_a_class_new_to_the_server_has_no_prior(federation, trained):
     algorithm, state, _ = trained
     belief = state.server.belief
@@ -326,6 +391,7 @@ def test_it_beats_fedavg_under_label_skew(federation):
     [
         ("navigator", "cubic", "navigator must be one of"),
         ("gain", "huge", "gain must be one of"),
+        ("pull_metric", "city", "pull_metric must be one of"),
         ("inference", "guess", "inference must be one of"),
         ("pull", -1.0, "pull must be"),
         ("resampling", 1.5, "resampling must be"),

@@ -231,11 +231,6 @@ def test_fold_keeps_the_order_of_the_rows():
     np.testing.assert_array_equal(found[:10], labels)
 
 
-def test_fold_does_nothing_for_padding():
-    data = make_data(9, work=0.0)
-    assert int(fit.fold(lambda n, batch: n + 1, jnp.int32(0), data, 4)) == 0
-
-
 def test_masked_losses():
     logits = np.random.default_rng(0).normal(size=(5, 3))
     y, mask = np.array([0, 2, 1, 1, 0]), np.array([1.0, 1.0, 0.0, 1.0, 0.0])

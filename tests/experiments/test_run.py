@@ -79,6 +79,7 @@ def world(tmp_path_factory):
     archive(root / "nan" / "a.npz", x=nan)
     archive(root / "outside" / "a.npz", y=np.arange(120) % 5, num_classes=4)
     archive(root / "negative" / "a.npz", y=np.arange(120) % 4 - 1, num_classes=4)
+    archive(root / "several" / "a.npz", num_classes=[4, 4])
     archive(root / "fewer" / "a.npz", y=np.arange(119) % 4)
     archive(root / "two" / "a.npz")
     archive(root / "two" / "b.npz")
@@ -161,6 +162,7 @@ BAD = [
     ("--dataset={world}/nan", "finite", "rows 7"),
     ("--dataset={world}/outside", "labels must lie in [0, 4)", "got 4"),
     ("--dataset={world}/negative", "labels must lie in [0, 4)", "got -1"),
+    ("--dataset={world}/several", "num_classes", "one number", "(2,)"),
     ("--dataset={world}/fewer", "120 samples and 119 labels"),
     ("--dataset={world}/two", "one .npz", "got 2"),
     ("--dataset={world}/torn", "cannot read", "a.npz"),
@@ -276,9 +278,9 @@ def test_flags_reach_the_experiment(monkeypatch, tmp_path):
     assert asked == [((Config(chunk=2), str(tmp_path)), {"resume": True})]
 
 
-def start(*args, cwd):
+def start(*args, cwd, **variables):
     """Start the command line as a process of its own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **variables}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.run", *args],
         cwd=cwd,
@@ -350,8 +352,13 @@ def test_killed_at_random_moments_and_resumed_equals_never_killed(world, tmp_pat
     """Kill -9; FEDGEN_KILLS says how often, each time at another moment."""
     kills = int(os.environ.get("FEDGEN_KILLS", "2"))
     args = (*RUN, f"--dataset={world}/good")
+    # The first process compiles for all; they differ in what they find, not do.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     begun = time.monotonic()
-    process = start(*args, "--workdir=whole", cwd=tmp_path)
+    process = start(*args, "--workdir=whole", cwd=tmp_path, **cache)
     out, error = process.communicate()
     seconds = time.monotonic() - begun
     assert process.returncode == 0, error
@@ -366,7 +373,7 @@ def test_killed_at_random_moments_and_resumed_equals_never_killed(world, tmp_pat
     moments = sorted(rng.sample(range(lines_in(tmp_path / "whole")), kills // 2))
     killed = 0
     for i in range(kills):
-        process = start(*args, cwd=tmp_path)
+        process = start(*args, cwd=tmp_path, **cache)
         if i % 2:
             while process.poll() is None and lines_in(folder) <= moments[i // 2]:
                 time.sleep(0.01)
@@ -376,7 +383,7 @@ def test_killed_at_random_moments_and_resumed_equals_never_killed(world, tmp_pat
         killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    process = start(*args, cwd=tmp_path)
+    process = start(*args, cwd=tmp_path, **cache)
     out, error = process.communicate()
     assert process.returncode == 0, error
     assert killed >= kills / 2 and "warning" not in out
