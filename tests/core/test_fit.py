@@ -231,6 +231,12 @@ def test_fold_keeps_the_order_of_the_rows():
     np.testing.assert_array_equal(found[:10], labels)
 
 
+@pytest.mark.parametrize("schedule", [Schedule(4, 1), Schedule(4, steps=3)])
+def test_a_batch_of_a_client_without_samples_is_empty(schedule):
+    batch = schedule.batch(KEY, jnp.int32(0), make_data(0))
+    assert not batch.mask.any() and not batch.x.any() and not batch.y.any()
+
+
 def test_masked_losses():
     logits = np.random.default_rng(0).normal(size=(5, 3))
     y, mask = np.array([0, 2, 1, 1, 0]), np.array([1.0, 1.0, 0.0, 1.0, 0.0])
