@@ -78,9 +78,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedgen.aggregators.gaussian import _check_shapes
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+from fedgen.aggregators.gaussian import _check_shapes, _matmul
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]  # x_t [p], t [] -> eps [p]
 
@@ -351,8 +349,8 @@ def simple_loss(
 def gaussian_denoiser(schedule: Schedule, mean: jax.Array, cov: jax.Array) -> Denoise:
     """Build the optimal denoiser of a Gaussian population.
 
-    `eps = sqrt(1 - abar) (abar S + (1 - abar) I)^-1 (x - sqrt(abar) m)`, linear in x. It
-    is an oracle, and the part that a network need not learn if it is added to one.
+    `eps = sqrt(1 - abar) (abar S + (1 - abar) I)^-1 (x - sqrt(abar) m)`, linear in x.
+    It is an oracle, and the part that a network need not learn if it is added to one.
 
     Args:
       schedule: Levels of signal and noise.
@@ -571,9 +569,9 @@ def invert(
 
         x_t = sqrt(abar_t / abar_u) x_u + (noise_t - sqrt(abar_t / abar_u) noise_u) eps,
 
-    for `x_t`. It starts with the eps of `x_u` (plain DDIM inversion, whose round trip has
-    an error of order `1 / steps`) and evaluates eps at the unknown `x_t` instead; each
-    refinement raises the order by one as long as the map contracts, which needs more
+    for `x_t`. It starts with the eps of `x_u` (plain DDIM inversion, whose round trip
+    has an error of order `1 / steps`) and then evaluates eps at the unknown `x_t`. Each
+    refinement raises the order by one, as long as the map contracts, which needs more
     steps the smaller the population's variance is.
 
     Args:
@@ -626,8 +624,8 @@ def invert_noise_maps(
     Noises `x` to all times of the grid with independent noise, and keeps for each step
     what its mean misses, in units of its standard deviation (Huberman-Spiegelglas et
     al., section 3.2). The last step has no noise; its map is the residual itself, so
-    that the code is exact. Set the last row of `noise` to 0 for the published form, which
-    leaves the residual out.
+    that the code is exact. Set the last row of `noise` to 0 for the published form,
+    which leaves the residual out.
 
     Args:
       denoise: Predicts the noise of one vector.

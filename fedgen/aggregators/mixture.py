@@ -135,16 +135,13 @@ def _check_finite(**arrays) -> None:
         _check_values(name, array, "finite", np.isfinite)
 
 
-def _check_mixture(mean, cov, proportions=None) -> None:
-    shapes = {"mean": (mean, "kd"), "cov": (cov, "kdd")}
-    if proportions is not None:
-        shapes["proportions"] = (proportions, "k")
-        _check_proportions(proportions)
-    _check_shapes(**shapes)
+def _check_gaussians(mean, cov) -> None:
     _check_finite(mean=mean, cov=cov)
     if _known(cov):
-        least = np.linalg.eigvalsh(np.asarray(cov)).min(axis=-1)
-        _check_values("cov", least, "positive definite", lambda x: x > 0)
+        proper = np.asarray(_factorise(jnp.asarray(cov))[1])
+        if not proper.all():
+            wrong = np.flatnonzero(~proper).tolist()
+            raise ValueError(f"cov must be positive definite, got components {wrong}")
 
 
 # Responsibilities and proportions.
@@ -154,11 +151,15 @@ def _float(array) -> jax.Array:
     return jnp.asarray(array, jnp.result_type(array, jnp.float32))
 
 
-def _bounded(log_density: jax.Array, mask: jax.Array) -> jax.Array:
+def _bounded(log_density: jax.Array) -> jax.Array:
+    log_density = _float(log_density)
+    bounded = jnp.clip(log_density, -_BOUND, _BOUND)
+    return jnp.where(jnp.isnan(log_density), -_BOUND, bounded)
+
+
+def _masked_table(log_density: jax.Array, mask: jax.Array) -> jax.Array:
     """Return the table with finite entries, 0 in masked rows."""
-    table = _float(log_density)
-    table = jnp.where(jnp.isnan(table), -_BOUND, jnp.clip(table, -_BOUND, _BOUND))
-    return jnp.where(mask.astype(bool)[..., None], table, 0)
+    return jnp.where(mask[..., None], _bounded(log_density), 0)
 
 
 def _log_proportions(proportions: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -167,12 +168,21 @@ def _log_proportions(proportions: jax.Array, dtype: jnp.dtype) -> jax.Array:
     positive = proportions > 0
     log = jnp.log(jnp.where(positive, proportions, 1))
     some = jnp.any(positive, axis=-1, keepdims=True)
-    return jnp.where(positive | ~some, log, -jnp.inf)
+    uniform = -np.log(proportions.shape[-1])
+    return jnp.where(some, jnp.where(positive, log, -jnp.inf), uniform)
 
 
 def _relative(table: jax.Array) -> jax.Array:
-    """Subtract from every row its maximum: the rest does not drown in rounding."""
     return table - jax.lax.stop_gradient(jnp.max(table, axis=-1, keepdims=True))
+
+
+def _logits(table: jax.Array, proportions: jax.Array) -> jax.Array:
+    """Add log proportions to densities relative to the largest that takes part.
+
+    The proportions are thus not lost to rounding, however low the densities are.
+    """
+    log = _log_proportions(proportions, table.dtype)[..., None, :]
+    return _relative(jnp.where(jnp.isfinite(log), table, -_BOUND)) + log
 
 
 def responsibilities(
@@ -207,13 +217,8 @@ def responsibilities(
     _check_shapes(log_density=(log_density, "sk"), proportions=(proportions, "k"))
     _check_proportions(proportions)
     mask = jnp.asarray(mask, bool)
-    table = _relative(_bounded(log_density, mask))
-    # Where only components of proportion 0 explain a sample, the others are taken
-    # relative to one another.
-    log = _log_proportions(proportions, table.dtype)
-    table = jnp.where(jnp.isfinite(log)[None], table, -_BOUND)
-    joint = _relative(table) + log[None]
-    return jnp.where(mask[:, None], jax.nn.softmax(joint, axis=-1), 0)
+    logits = _logits(_masked_table(log_density, mask), proportions)
+    return jnp.where(mask[:, None], jax.nn.softmax(logits, axis=-1), 0)
 
 
 def log_evidence(
@@ -235,7 +240,7 @@ def log_evidence(
     _check_shapes(log_density=(log_density, "sk"), proportions=(proportions, "k"))
     _check_proportions(proportions)
     mask = jnp.asarray(mask, bool)
-    table = _bounded(log_density, mask)
+    table = _masked_table(log_density, mask)
     log = _log_proportions(proportions, table.dtype)
     return jnp.where(mask, logsumexp(table + log[None], axis=-1), 0)
 
@@ -334,7 +339,7 @@ def fit_proportions(
     _check_number("tolerance", tolerance, 0)
     _check_number("max_steps", max_steps, 1)
     mask = jnp.asarray(mask, bool)
-    table = jax.lax.stop_gradient(_relative(_bounded(log_density, mask)))
+    table = jax.lax.stop_gradient(_relative(_masked_table(log_density, mask)))
     density = jnp.where(mask[:, None], jnp.exp(table), 0).T  # [k, s]
     num_components, dtype = density.shape[0], density.dtype
 
@@ -533,7 +538,7 @@ def gaussian_log_density(
     if mask is None:
         mask = np.ones(jnp.shape(x)[:1], bool)
     _check_shapes(x=(x, "sd"), mean=(mean, "kd"), cov=(cov, "kdd"), mask=(mask, "s"))
-    _check_mixture(mean, cov)
+    _check_gaussians(mean, cov)
     if _known(x, mask):
         _check_finite(x=np.asarray(x)[np.asarray(mask, bool)])
     x, mask = _float(x), jnp.asarray(mask, bool)
@@ -572,7 +577,9 @@ def sample(
     Returns:
       Samples `[s, d]` and the components `[s]` that they were drawn from.
     """
-    _check_mixture(mean, cov, proportions)
+    _check_shapes(mean=(mean, "kd"), cov=(cov, "kdd"), proportions=(proportions, "k"))
+    _check_gaussians(mean, cov)
+    _check_proportions(proportions)
     _check_number("num_samples", num_samples, 1)
     key_component, key_noise = jax.random.split(key)
     log = _log_proportions(proportions, mean.dtype)
@@ -602,9 +609,363 @@ def continuous_bernoulli_log_prob(x: jax.Array, logits: jax.Array) -> jax.Array:
     logits `a`, by its series near 0.
     """
     _check_same_shape(x=x, logits=logits)
-    near = jnp.abs(logits) < 0.05
+    near = jnp.abs(logits) < 0.02
     safe = jnp.where(near, 1, logits)
     square = jnp.where(near, logits, 0) ** 2
-    series = square / 12 - square**2 / 1440 * (4 - 7 / 2)
+    series = square / 12 - 7 * square**2 / 1440
     scale = jnp.where(near, series, jnp.log(safe / (2 * jnp.tanh(safe / 2))))
     return bernoulli_log_prob(x, logits) + jnp.sum(jnp.log(2.0) + scale, axis=-1)
+
+
+def normal_log_prob(
+    x: jax.Array, mean: jax.Array, log_variance: jax.Array
+) -> jax.Array:
+    """Compute the log density of independent normals, `[..., d] -> [...]`.
+
+    Args:
+      x: `[..., d]`.
+      mean: `[..., d]`.
+      log_variance: `[..., d]`, or `[]` for one variance, as a decoder learns. Its term
+        is part of the density: components with variances of their own need it.
+
+    Returns:
+      `[...]` nats.
+    """
+    _check_same_shape(x=x, mean=mean)
+    if jnp.ndim(log_variance):
+        _check_same_shape(x=x, log_variance=log_variance)
+    square = (x - mean) ** 2 * jnp.exp(-log_variance)
+    return -jnp.sum(square + log_variance + np.log(2 * np.pi), axis=-1) / 2
+
+
+def kl_to_standard_normal(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """Compute the divergence of N(0, I) from N(mean, exp(log_variance)).
+
+    `(mean^2 + exp(log_variance) - 1 - log_variance) / 2`, summed, `[..., q] -> [...]`.
+    """
+    _check_same_shape(mean=mean, log_variance=log_variance)
+    # expm1: the difference cancels for codes close to the prior.
+    excess = jnp.expm1(log_variance) - log_variance
+    return jnp.sum(mean**2 + excess, axis=-1) / 2
+
+
+def elbo(log_prob: jax.Array, kl: jax.Array) -> jax.Array:
+    """Compute the evidence lower bound with a divergence in closed form.
+
+    Args:
+      log_prob: `[l, ...]` `log p(x | z)` for `z` drawn from `q(z | x)`.
+      kl: `[...]` divergence of the prior from `q(z | x)`.
+
+    Returns:
+      `[...]` nats, within `+-1e30`; `-1e30` for NaN while tracing.
+    """
+    _check_same_shape(log_prob=log_prob[0], kl=kl)
+    _check_values("log_prob", log_prob, "not NaN", lambda x: ~np.isnan(x))
+    _check_values("kl", kl, "not NaN", lambda x: ~np.isnan(x))
+    return _bounded(jnp.mean(_bounded(log_prob), axis=0) - kl)
+
+
+def importance_bound(log_weight: jax.Array) -> jax.Array:
+    """Compute the importance-weighted bound, the log of the mean weight.
+
+    `log (1/l) sum_j exp(w_j)` with `w = log p(x | z) + log p(z) - log q(z | x)`. It
+    rises to `log p(x)` with `l`, so that differences in how tight components' bounds
+    are distort proportions less than with the ELBO, which is its mean for `l = 1`.
+
+    Args:
+      log_weight: `[l, ...]`, such as `[l, s, k]` for a table of log densities `[s, k]`.
+
+    Returns:
+      `[...]` nats, within `+-1e30`. While tracing, NaN counts as a weight of 0.
+
+    Raises:
+      ValueError: If weights are known to be NaN or infinite; a weight of 0 is legal.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(importance_bound(jnp.log(jnp.array([[0.1], [0.3]]))).round(4))
+      [-1.6094]
+    """
+    _check_values(
+        "log_weight", log_weight, "below infinity and not NaN", lambda x: x < np.inf
+    )
+    num_samples = jnp.shape(log_weight)[0]
+    return logsumexp(_bounded(log_weight), axis=0) - np.log(num_samples)
+
+
+def vae_log_density(
+    key: jax.Array,
+    x: jax.Array,
+    encode: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    log_prob: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    num_samples: int,
+    bound: str = "importance",
+) -> jax.Array:
+    """Bound the log density of samples under a VAE with a standard normal prior.
+
+    For the table of several components, `vmap` over their parameters with
+    `out_axes=1` and the same key: common noise makes a row's entries comparable.
+
+    Args:
+      key: Consumed.
+      x: `[s, ...]`.
+      encode: From `x` to the mean and log variance `[s, q]` of `q(z | x)`.
+      log_prob: From `x` and `z [s, q]` to `log p(x | z) [s]`.
+      num_samples: Importance samples `l`, at least 1.
+      bound: "importance" or "elbo", see `importance_bound` and `elbo`.
+
+    Returns:
+      `[s]` nats, within `+-1e30`; `-1e30` for NaN while tracing.
+    """
+    _check_number("num_samples", num_samples, 1)
+    if bound not in ("importance", "elbo"):
+        raise ValueError(f"bound must be one of importance, elbo, got {bound!r}")
+    mean, log_variance = encode(x)
+    _check_same_shape(mean=mean, log_variance=log_variance)
+    noise = jax.random.normal(key, (num_samples, *mean.shape), mean.dtype)
+    z = mean[None] + jnp.exp(log_variance / 2)[None] * noise
+    likelihood = jax.vmap(log_prob, in_axes=(None, 0))(x, z)
+    if bound == "elbo":
+        return elbo(likelihood, kl_to_standard_normal(mean, log_variance))
+    # log p(z) - log q(z | x), whose normalisers cancel.
+    ratio = jnp.sum(noise**2 - z**2 + log_variance[None], axis=-1) / 2
+    return importance_bound(likelihood + ratio)
+
+
+def _check_same_shape(**arrays) -> None:
+    (first, array), *others = arrays.items()
+    shape = jnp.shape(array)
+    for name, other in others:
+        if jnp.shape(other) != shape:
+            raise ValueError(
+                f"{name} must have the shape of {first}, {shape}, "
+                f"got {jnp.shape(other)}"
+            )
+
+
+# Starts that do not collapse.
+
+
+def farthest_first(
+    cross_density: jax.Array, num_seeds: int, *, mask: jax.Array | None = None
+) -> jax.Array:
+    """Choose clients whose models start the components, far from one another.
+
+    The distance of two clients is what each loses under the other's model,
+    `d_ij = (C_ii - C_ij) + (C_jj - C_ji)`. The first seed is of the pair farthest
+    apart, which are the purest clients, and the next is always the client farthest
+    from its nearest seed. Ties go to the lower index.
+
+    Args:
+      cross_density: `[n, n]` `C`, mean log density of client `i` under `j`'s model.
+      num_seeds: Number of components `k`, at least 1 and at most `n`.
+      mask: `[n]`, true for clients that exist; all of them by default. Rows and
+        columns of others may hold NaN, and they are chosen last.
+
+    Returns:
+      `[k]` distinct clients. While tracing, NaN is a distance of 0, and infinities
+      are clipped to `+-1e30`.
+
+    Raises:
+      ValueError: If there are fewer clients than seeds, or entries known to be NaN or
+        infinite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> own = jnp.array([0.0, 0.1, 5.0])
+      >>> print(farthest_first(-jnp.abs(own[:, None] - own[None]), 2))
+      [0 2]
+    """
+    if mask is None:
+        mask = np.ones(jnp.shape(cross_density)[:1], bool)
+    _check_shapes(cross_density=(cross_density, "nn"), mask=(mask, "n"))
+    _check_seeds(num_seeds, jnp.shape(cross_density)[0], "the clients")
+    if _known(mask):
+        _check_seeds(num_seeds, int(np.sum(np.asarray(mask, bool))), "unmasked clients")
+    if _known(cross_density, mask):
+        exists = np.asarray(mask, bool)
+        _check_finite(cross_density=np.asarray(cross_density)[exists][:, exists])
+    mask = jnp.asarray(mask, bool)
+    cross = jnp.clip(_float(cross_density), -_BOUND, _BOUND)
+    loss = jnp.diag(cross)[:, None] - cross
+    distance = jnp.nan_to_num(loss + loss.T, nan=0.0)
+    distance = jnp.where(mask[:, None] & mask[None], distance, -4 * _BOUND)
+
+    def choose(nearest, _):
+        seed = jnp.argmax(nearest)
+        nearest = jnp.minimum(nearest, distance[seed]).at[seed].set(-jnp.inf)
+        return nearest, seed
+
+    return jax.lax.scan(choose, jnp.max(distance, axis=1), length=num_seeds)[1]
+
+
+def _check_seeds(num_seeds: int, available: int, what: str) -> None:
+    if not 1 <= num_seeds <= available:
+        raise ValueError(
+            f"num_seeds must be from 1 to {available}, {what}, got {num_seeds}"
+        )
+
+
+def balanced_responsibilities(
+    log_density: jax.Array,
+    proportions: jax.Array,
+    mask: jax.Array,
+    *,
+    temperature: float = 1.0,
+    balance: bool = True,
+    tolerance: float = 1e-3,
+    max_steps: int = 100,
+) -> tuple[jax.Array, jax.Array]:
+    """Compute annealed responsibilities that give every component equal total mass.
+
+    `r_isk = softmax_k((log pi_ik + log p_k(x_is) - b_k) / tau)` with offsets `b` such
+    that `sum_is r_isk` is the same for all `k`. For the first rounds of training, when
+    the component that is ahead would take every sample; with temperatures that fall
+    geometrically to 1, as `optax.exponential_decay` does. Proportions fitted at a
+    temperature are biased: they must not outlive the annealing.
+
+    The offsets minimise `sum_is logsumexp_k(logit - b / tau) + mass * sum_k b_k / tau`,
+    the convex semi-dual of entropic transport. Each step takes the better one of
+    Newton's and Sinkhorn's, of which the second always descends.
+
+    Args:
+      log_density: `[n, s, k]`.
+      proportions: `[n, k]`.
+      mask: `[n, s]`.
+      temperature: `tau`, greater than 0; infinity makes responsibilities uniform.
+      balance: Whether to equalise masses; if not, offsets are 0, and temperature 1
+        is the plain E-step.
+      tolerance: Largest relative deviation of a component's mass.
+      max_steps: Steps after which to stop anyway, at least 1.
+
+    Returns:
+      Responsibilities `[n, s, k]`, 0 in masked rows, and offsets `[k]` in nats, of
+      mean 0 over components, constants under `grad`. A component whose proportion is
+      0 for all clients takes no part. While tracing, a temperature that is not
+      positive counts as 1.
+
+    Raises:
+      ValueError: As `responsibilities`, and for a mask of zeros if it is known.
+    """
+    _check_table(log_density, mask, "n")
+    _check_shapes(log_density=(log_density, "nsk"), proportions=(proportions, "nk"))
+    _check_shapes(temperature=(temperature, ""))
+    _check_proportions(proportions)
+    _check_mask(mask)
+    _check_values("temperature", temperature, "> 0", lambda x: x > 0)
+    _check_number("tolerance", tolerance, 0)
+    _check_number("max_steps", max_steps, 1)
+    mask = jnp.asarray(mask, bool)
+    table = _masked_table(log_density, mask)
+    dtype, num_components = table.dtype, table.shape[-1]
+    temperature = jnp.where(temperature > 0, temperature, 1.0).astype(dtype)
+    logits = _logits(table, proportions)
+    active = jnp.any(jnp.isfinite(logits), axis=(0, 1))
+    # Infinity times 0 is kept out: components of proportion 0 stay so at any tau.
+    logits = jnp.where(jnp.isfinite(logits), logits, 0) / temperature + jnp.where(
+        jnp.isfinite(logits), 0, -jnp.inf
+    )
+
+    fixed = jax.lax.stop_gradient(logits)
+    mass = jnp.sum(mask) / jnp.sum(active).astype(dtype)
+
+    def log_shares(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shifted = fixed - offset[None, None]
+        total = logsumexp(shifted, axis=-1, keepdims=True)
+        value = jnp.sum(jnp.where(mask[..., None], total, 0)) + mass * jnp.sum(offset)
+        return jnp.where(mask[..., None], shifted - total, -jnp.inf), value
+
+    def unfinished(state):
+        step, _, error = state
+        return (step < max_steps) & (error > tolerance)
+
+    def improve(state):
+        step, offset, _ = state
+        log_share, _ = log_shares(offset)
+        share = jnp.exp(log_share).reshape(-1, num_components)
+        excess = jnp.sum(share, axis=0) - mass
+        hessian = jnp.diag(jnp.sum(share, axis=0)) - _matmul(share.T, share)
+        # Adding a constant to all offsets changes nothing; this fixes it.
+        hessian = hessian + mass * (
+            1 / num_components + 1e-6 * jnp.eye(num_components, dtype=dtype)
+        )
+        newton = jnp.linalg.solve(hessian, jnp.where(active, excess, 0))
+        sinkhorn = logsumexp(log_share, axis=(0, 1)) - jnp.log(mass)
+        sinkhorn = jnp.clip(sinkhorn, -1e4, 1e4)
+
+        def move(by: jax.Array) -> jax.Array:
+            by = jnp.where(active, offset + by, 0)
+            return jnp.where(active, by - jnp.sum(by) / jnp.sum(active), 0)
+
+        newton, sinkhorn = move(newton), move(sinkhorn)
+        better = log_shares(newton)[1] <= log_shares(sinkhorn)[1]
+        offset = jnp.where(better, newton, sinkhorn)
+        return step + 1, offset, deviation(offset)
+
+    def deviation(offset: jax.Array) -> jax.Array:
+        total = jnp.sum(jnp.exp(log_shares(offset)[0]), axis=(0, 1))
+        return jnp.max(jnp.where(active & (mass > 0), jnp.abs(total / mass - 1), 0))
+
+    offset = jnp.zeros([num_components], dtype)
+    if balance:
+        state = jnp.zeros([], jnp.int32), offset, deviation(offset)
+        offset = jax.lax.while_loop(unfinished, improve, state)[1]
+    share = jax.nn.softmax(logits - offset[None, None], axis=-1)
+    return jnp.where(mask[..., None], share, 0), offset * temperature
+
+
+# Comparing mixtures.
+
+
+def total_variation(p: jax.Array, q: jax.Array) -> jax.Array:
+    """Compute half the sum of absolute differences, `[..., k] -> [...]`.
+
+    From 0 to 1 for proportions; the error of an estimate is its mean over clients.
+    """
+    _check_same_shape(p=p, q=q)
+    return jnp.sum(jnp.abs(p - q), axis=-1) / 2
+
+
+def assign(cost: jax.Array) -> jax.Array:
+    """Match rows to columns one to one at the least total cost (Hungarian).
+
+    Args:
+      cost: `[k, k]`.
+
+    Returns:
+      `[k]` the row of every column. While tracing, entries that are not finite cost
+      more than any assignment without them.
+
+    Raises:
+      ValueError: If entries are known not to be finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(assign(jnp.array([[4.0, 1.0], [2.0, 0.0]])))
+      [1 0]
+    """
+    _check_shapes(cost=(cost, "kk"))
+    _check_finite(cost=cost)
+    cost = _float(cost)
+    finite = jnp.isfinite(cost)
+    largest = jnp.max(jnp.where(finite, jnp.abs(cost), 0))
+    cost = jnp.where(finite, cost, 2 * cost.shape[0] * largest + 1)
+    rows, columns = optax.assignment.hungarian_algorithm(cost)
+    return jnp.zeros_like(rows).at[columns].set(rows)
+
+
+def match_proportions(estimate: jax.Array, truth: jax.Array) -> jax.Array:
+    """Find the order of components in which an estimate is closest to the truth.
+
+    Args:
+      estimate: `[n, k]`. Instead of proportions it may be anything that describes
+        components by columns, such as transposed means.
+      truth: `[n, k]`.
+
+    Returns:
+      Permutation `[k]`; `estimate[:, permutation]` has the least sum of absolute
+      differences from the truth, hence the least mean total variation.
+    """
+    _check_shapes(estimate=(estimate, "nk"), truth=(truth, "nk"))
+    return assign(jnp.sum(jnp.abs(estimate[:, :, None] - truth[:, None]), axis=0))

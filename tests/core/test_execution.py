@@ -70,6 +70,9 @@ def test_place_deals_balanced_shares(toy_federation, seed):
     shares = np.asarray(placed.cohorts[0].train.size).reshape(2, -1)
     assert shares.sum() == sizes.sum()
     assert abs(shares[0].sum() - shares[1].sum()) <= sizes.max()
+    even = place(toy_federation(np.arange(8, 0, -1)), make_mesh(2))
+    dealt = np.asarray(even.cohorts[0].train.size).reshape(2, -1)
+    assert dealt.tolist() == [[8, 5, 4, 1], [7, 6, 3, 2]]
     # Each device's clients come largest first, whatever is dealt.
     assert (np.diff(shares, axis=1) <= 0).all()
 
