@@ -43,10 +43,10 @@ def asked(monkeypatch):
     return runs
 
 
-def run(folder, grid=None, names=("pfedgm", "local_only"), seeds=3):
+def run(folder, grid=None, names=("pfedgm", "local_only"), seeds=3, seed=0):
     console = rich.console.Console(quiet=True)
     grid = {"learning_rate": ["0.05", "0.1"]} if grid is None else grid
-    return compare.compare(Config(), names, seeds, grid, folder, console)
+    return compare.compare(Config(seed=seed), names, seeds, grid, folder, console)
 
 
 def test_validation_of_the_first_seed_chooses(asked, tmp_path):
@@ -57,6 +57,11 @@ def test_validation_of_the_first_seed_chooses(asked, tmp_path):
     later = [config for config in asked if config.seed > 0]
     assert {config.learning_rate for config in later} == {0.05}
     assert sorted({config.seed for config in asked}) == [0, 1, 2]
+
+
+def test_seeds_count_from_the_one_asked_for(asked, tmp_path):
+    run(tmp_path, grid={}, names=("pfedgm",), seed=5)
+    assert [config.seed for config in asked] == [5, 6, 7]
 
 
 def test_finished_runs_are_read_and_not_run_again(asked, tmp_path):
