@@ -231,3 +231,17 @@ def test_brackets_in_a_warning_are_no_markup(config, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         experiment.run(config, str(tmp_path / "it"), console=console)
     assert "warning: file [/oops] is [bold]damaged" in console.file.getvalue()
+
+
+def test_history_counts_bytes_both_ways_since_the_start():
+    silent = {"round": 1, "bytes_up": 1, "bytes_down": 10}
+    scored = {
+        "round": 2,
+        "bytes_up": 2,
+        "bytes_down": 20,
+        "personal_accuracy": {"mean": 0.5},
+        "validation_accuracy": 0.4,
+        "global_accuracy": None,
+    }
+    (entry,) = experiment._history([silent, scored])
+    assert (entry["round"], entry["bytes"]) == (2, 33)
