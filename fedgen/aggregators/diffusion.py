@@ -78,7 +78,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedgen.aggregators.gaussian import _check_shapes, _matmul
+from fedgen.aggregators._checks import check_shapes, is_known
+from fedgen.aggregators._numerics import matmul
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]  # x_t [p], t [] -> eps [p]
 
@@ -134,13 +135,9 @@ class Basis(NamedTuple):
 # Checks.
 
 
-def _known(*values) -> bool:
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
-
-
 def _bounded(name: str, value, lower: float, upper: float) -> jax.Array:
     """Check that a number lies in a range, or move it there if it is not known."""
-    if _known(value):
+    if is_known(value):
         known = np.asarray(value)
         if not np.all((known >= lower) & (known <= upper)):
             raise ValueError(f"{name} must be in [{lower}, {upper}], got {value}")
@@ -155,7 +152,7 @@ def _time(name: str, t, lower: int, upper: int) -> jax.Array:
     """Check that an integer lies in a range, or move it there if it is not known."""
     if not jnp.issubdtype(jnp.result_type(t), jnp.integer):
         raise ValueError(f"{name} must be an integer, got {t}")
-    if _known(t) and not np.all((np.asarray(t) >= lower) & (np.asarray(t) <= upper)):
+    if is_known(t) and not np.all((np.asarray(t) >= lower) & (np.asarray(t) <= upper)):
         raise ValueError(f"{name} must be in [{lower}, {upper}], got {t}")
     return jnp.clip(t, lower, upper)
 
@@ -165,8 +162,8 @@ def _finite(name: str, x: jax.Array, letters: str) -> jax.Array:
 
     Returns the array in its own dtype, but at least float32.
     """
-    _check_shapes(**{name: (x, letters)})
-    if _known(x) and not np.all(np.isfinite(x)):
+    check_shapes(**{name: (x, letters)})
+    if is_known(x) and not np.all(np.isfinite(x)):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     x = jnp.asarray(x, jnp.result_type(x, jnp.float32))
     return jnp.where(jnp.isfinite(x), x, 0)
@@ -182,8 +179,8 @@ def _size(name: str, value: int, upper: int | None = None) -> None:
 def _rows(x: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Return a set of vectors with absent rows 0, and weights that sum to 1 or 0."""
     weight = jnp.ones(jnp.shape(x)[:1]) if weight is None else weight
-    _check_shapes(x=(x, "mp"), weight=(weight, "m"))
-    if _known(x, weight):
+    check_shapes(x=(x, "mp"), weight=(weight, "m"))
+    if is_known(x, weight):
         known = np.asarray(weight)
         if not (np.all(known >= 0) and 0 < np.sum(known) < np.inf):
             raise ValueError(f"weight must be >= 0 and not all 0, got {known}")
@@ -271,7 +268,7 @@ def forward(
     Returns:
       `[p]`.
     """
-    _check_shapes(x0=(x0, "p"), eps=(eps, "p"))
+    check_shapes(x0=(x0, "p"), eps=(eps, "p"))
     x0 = _finite("x0", x0, "p")
     signal, noise = schedule.at(t, x0.dtype)
     return signal * x0 + noise * _finite("eps", eps, "p").astype(x0.dtype)
@@ -281,7 +278,7 @@ def x0_from_eps(
     schedule: Schedule, x: jax.Array, t: jax.Array, eps: jax.Array
 ) -> jax.Array:
     """Solve `forward` for the clean vector, `[p]`; errors grow by sqrt(1/abar_t)."""
-    _check_shapes(x=(x, "p"), eps=(eps, "p"))
+    check_shapes(x=(x, "p"), eps=(eps, "p"))
     signal, noise = schedule.at(t, x.dtype)
     return (x - noise * eps) / signal
 
@@ -290,7 +287,7 @@ def eps_from_x0(
     schedule: Schedule, x: jax.Array, t: jax.Array, x0: jax.Array
 ) -> jax.Array:
     """Solve `forward` for the noise, `[p]`; 0 at time 0, where there is none."""
-    _check_shapes(x=(x, "p"), x0=(x0, "p"))
+    check_shapes(x=(x, "p"), x0=(x0, "p"))
     signal, noise = schedule.at(t, x.dtype)
     return jnp.where(noise > 0, (x - signal * x0) / jnp.where(noise > 0, noise, 1), 0)
 
@@ -302,7 +299,7 @@ def eps_from_v(
 
     Makes a denoiser of a network that predicts velocities (Salimans and Ho).
     """
-    _check_shapes(x=(x, "p"), v=(v, "p"))
+    check_shapes(x=(x, "p"), v=(v, "p"))
     signal, noise = schedule.at(t, x.dtype)
     return signal * v + noise * x
 
@@ -338,8 +335,8 @@ def simple_loss(
     """
     x, share = _rows(x, weight)
     mask = jnp.ones(x.shape[1:], bool) if mask is None else mask
-    _check_shapes(x=(x, "mp"), mask=(mask, "p"))
-    if _known(mask) and not np.any(mask):
+    check_shapes(x=(x, "mp"), mask=(mask, "p"))
+    if is_known(mask) and not np.any(mask):
         raise ValueError("mask must hold for some coordinate, got none")
     mask = jnp.asarray(mask, bool)
     time_key, noise_key = jax.random.split(key)
@@ -372,11 +369,11 @@ def gaussian_denoiser(schedule: Schedule, mean: jax.Array, cov: jax.Array) -> De
       ValueError: If shapes disagree, or values are not finite or not semi-definite.
     """
     letters = "pp" if jnp.ndim(cov) == 2 else "p"
-    _check_shapes(mean=(mean, "p"), cov=(cov, letters))
+    check_shapes(mean=(mean, "p"), cov=(cov, letters))
     mean, cov = _finite("mean", mean, "p"), _finite("cov", cov, letters)
     variance, rotation = (cov, None) if cov.ndim == 1 else jnp.linalg.eigh(cov)
     variance, rotation = jax.lax.stop_gradient((variance, rotation))
-    if _known(variance):
+    if is_known(variance):
         slack = 10 * variance.size * float(jnp.finfo(cov.dtype).eps)
         if jnp.min(variance) < -slack * jnp.max(jnp.abs(variance)):
             raise ValueError(
@@ -392,7 +389,7 @@ def gaussian_denoiser(schedule: Schedule, mean: jax.Array, cov: jax.Array) -> De
         if rotation is None:
             return gain * deviation
         turn = rotation.astype(x.dtype)
-        return _matmul(turn, gain * _matmul(turn.T, deviation))
+        return matmul(turn, gain * matmul(turn.T, deviation))
 
     return denoise
 
@@ -416,11 +413,11 @@ def mixture_denoiser(
       ValueError: If shapes disagree, or values are not finite, negative, or no weight
         is positive.
     """
-    _check_shapes(mean=(mean, "kp"), variance=(variance, "kp"), weight=(weight, "k"))
+    check_shapes(mean=(mean, "kp"), variance=(variance, "kp"), weight=(weight, "k"))
     mean = _finite("mean", mean, "kp")
     variance = _bounded("variance", _finite("variance", variance, "kp"), 0, np.inf)
     weight = _bounded("weight", _finite("weight", weight, "k"), 0, np.inf)
-    if _known(weight) and not np.any(weight):
+    if is_known(weight) and not np.any(weight):
         raise ValueError("weight must be positive for some component, got all 0")
     weight = jnp.where(jnp.any(weight > 0), weight, 1)
     log_weight = jnp.log(jnp.where(weight > 0, weight, 1))
@@ -432,7 +429,7 @@ def mixture_denoiser(
         score = jnp.sum(deviation**2 / total + jnp.log(total), axis=1) / 2
         logits = log_weight.astype(x.dtype) - score
         share = jax.nn.softmax(logits, where=weight > 0)
-        return _matmul(share, noise * deviation / total)
+        return matmul(share, noise * deviation / total)
 
     return denoise
 
@@ -490,7 +487,7 @@ def guide(
     """
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1 or -1, got {sign}")
-    _check_shapes(before=(before, "p"), after=(after, "p"))
+    check_shapes(before=(before, "p"), after=(after, "p"))
     shift = _finite("before", before, "p") - _finite("after", after, "p")
     largest = float(jnp.finfo(shift.dtype).max) ** 0.5
     strength = sign * (1 + _bounded("omega", omega, -1, largest))
@@ -534,7 +531,7 @@ def step(
     Raises:
       ValueError: If shapes disagree, or a time or eta is out of range.
     """
-    if _known(t, u) and not u < t:
+    if is_known(t, u) and not u < t:
         raise ValueError(f"u must be < t = {t}, got {u}")
     eta = _bounded("eta", eta, 0, 1).astype(x.dtype)
     (signal_t, noise_t), (signal_u, noise_u) = (
@@ -732,7 +729,7 @@ def generate(
     if code.noise is not None:
         if eta is not None or steps is not None:
             raise ValueError("a code with noise maps fixes eta and steps, got others")
-        _check_shapes(**{"code.latent": (x, "p"), "code.noise": (code.noise, "sp")})
+        check_shapes(**{"code.latent": (x, "p"), "code.noise": (code.noise, "sp")})
         if len(times) != len(code.noise) + 1:
             raise ValueError(
                 f"code.times must have one entry more than the {len(code.noise)} "
@@ -746,7 +743,7 @@ def generate(
         noise = None
         if key is not None:
             noise = jax.random.split(key, len(times) - 1)
-        elif not _known(eta) or np.any(np.asarray(eta) != 0):
+        elif not is_known(eta) or np.any(np.asarray(eta) != 0):
             raise ValueError(f"key must be given if eta is not 0, got eta {eta}")
     eta = _bounded("eta", eta, 0, 1)
 
@@ -828,8 +825,8 @@ def fit_normalizer(
     if not 0 < floor < np.inf:
         raise ValueError(f"floor must be > 0, got {floor}")
     x, share = _rows(x, weight)
-    mean = _matmul(share, x)
-    variance = _matmul(share, jnp.square(x - mean[None]))
+    mean = matmul(share, x)
+    variance = matmul(share, jnp.square(x - mean[None]))
     overall = jnp.mean(variance)
     overall = jnp.where(overall > 0, overall, 1)
     if scale == "scalar":
@@ -839,13 +836,13 @@ def fit_normalizer(
 
 def normalize(normalizer: Normalizer, x: jax.Array) -> jax.Array:
     """Map parameters to normalised deviations, `[p] -> [p]`."""
-    _check_shapes(x=(x, "p"), mean=(normalizer.mean, "p"))
+    check_shapes(x=(x, "p"), mean=(normalizer.mean, "p"))
     return (x - normalizer.mean) / normalizer.scale
 
 
 def denormalize(normalizer: Normalizer, z: jax.Array) -> jax.Array:
     """Map normalised deviations to parameters, `[p] -> [p]`."""
-    _check_shapes(z=(z, "p"), mean=(normalizer.mean, "p"))
+    check_shapes(z=(z, "p"), mean=(normalizer.mean, "p"))
     return normalizer.mean + normalizer.scale * z
 
 
@@ -855,7 +852,7 @@ def to_tokens(x: jax.Array, width: int) -> jax.Array:
     >>> to_tokens(jnp.arange(5), 2).tolist()
     [[0, 1], [2, 3], [4, 0]]
     """
-    _check_shapes(x=(x, "p"))
+    check_shapes(x=(x, "p"))
     _size("width", width)
     return jnp.pad(x, (0, -x.shape[0] % width)).reshape(-1, width)
 
@@ -867,7 +864,7 @@ def from_tokens(tokens: jax.Array, size: int) -> jax.Array:
       ValueError: If p is not more than what all tokens but the last hold, or more than
         what all hold.
     """
-    _check_shapes(tokens=(tokens, "kw"))
+    check_shapes(tokens=(tokens, "kw"))
     k, w = tokens.shape
     if not (k - 1) * w < size <= k * w:
         raise ValueError(
@@ -900,15 +897,15 @@ def fit_basis(x: jax.Array, rank: int, *, weight: jax.Array | None = None) -> Ba
     x, share = _rows(x, weight)
     _size("rank", rank, min(x.shape))
     x = jax.lax.stop_gradient(x)
-    mean = _matmul(share, x)
+    mean = matmul(share, x)
     rows = jnp.sqrt(share)[:, None] * (x - mean[None])
-    variance, left = jnp.linalg.eigh(_matmul(rows, rows.T))
+    variance, left = jnp.linalg.eigh(matmul(rows, rows.T))
     variance, left = variance[::-1][:rank], left[:, ::-1][:, :rank]
     present = variance > len(rows) * jnp.finfo(x.dtype).eps * variance[0]
     variance = jnp.where(present, variance, 0)
     scale = jnp.where(present, jax.lax.rsqrt(jnp.where(present, variance, 1)), 0)
-    directions = scale[:, None] * _matmul(left.T, rows)
-    overlap = _matmul(directions, directions.T) + jnp.diag(1 - present.astype(x.dtype))
+    directions = scale[:, None] * matmul(left.T, rows)
+    overlap = matmul(directions, directions.T) + jnp.diag(1 - present.astype(x.dtype))
     directions = jax.scipy.linalg.solve_triangular(
         jnp.linalg.cholesky(overlap), directions, lower=True
     )
@@ -928,29 +925,29 @@ def align(basis: Basis, previous: Basis) -> Basis:
     Raises:
       ValueError: If the shapes of the directions disagree.
     """
-    _check_shapes(
+    check_shapes(
         directions=(basis.directions, "rp"), previous=(previous.directions, "rp")
     )
-    overlap = _matmul(previous.directions, basis.directions.T)
+    overlap = matmul(previous.directions, basis.directions.T)
     left, _, right = jnp.linalg.svd(jax.lax.stop_gradient(overlap))
-    turn = _matmul(left, right)
+    turn = matmul(left, right)
     return Basis(
         basis.mean,
-        _matmul(turn, basis.directions),
-        _matmul(turn, _matmul(basis.cov, turn.T)),
+        matmul(turn, basis.directions),
+        matmul(turn, matmul(basis.cov, turn.T)),
     )
 
 
 def encode(basis: Basis, x: jax.Array) -> jax.Array:
     """Map parameters to codes, `[p] -> [r]`."""
-    _check_shapes(x=(x, "p"), directions=(basis.directions, "rp"))
-    return _matmul(basis.directions, x - basis.mean)
+    check_shapes(x=(x, "p"), directions=(basis.directions, "rp"))
+    return matmul(basis.directions, x - basis.mean)
 
 
 def decode(basis: Basis, code: jax.Array) -> jax.Array:
     """Map codes to parameters, `[r] -> [p]`."""
-    _check_shapes(code=(code, "r"), directions=(basis.directions, "rp"))
-    return basis.mean + _matmul(code, basis.directions)
+    check_shapes(code=(code, "r"), directions=(basis.directions, "rp"))
+    return basis.mean + matmul(code, basis.directions)
 
 
 def reconstruct(
@@ -1021,7 +1018,7 @@ def shrink(
     Raises:
       ValueError: If shapes disagree or rho is out of range.
     """
-    _check_shapes(
+    check_shapes(
         factor=(factor, "r" * jnp.ndim(factor)), directions=(basis.directions, "rp")
     )
     return reconstruct(basis, x, factor * encode(basis, x), rho=rho)

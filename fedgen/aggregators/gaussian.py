@@ -43,16 +43,14 @@ References:
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve, solve_triangular
 
-_HIGHEST = jax.lax.Precision.HIGHEST  # class means must not be rounded to bfloat16
-_einsum = functools.partial(jnp.einsum, precision=_HIGHEST)
-_matmul = functools.partial(jnp.matmul, precision=_HIGHEST)
+from fedgen.aggregators._checks import check_number, check_shapes
+from fedgen.aggregators._numerics import divide, einsum, matmul
 
 BETWEEN_FORMS = ("scalar", "diagonal", "full")
 
@@ -80,55 +78,22 @@ class GainBasis(NamedTuple):
     def gain(self, count: jax.Array) -> jax.Array:
         """Return `K(n) [d, d]`; 0 for `count []` 0."""
         share = count * self.beta / (1 + count * self.beta)
-        return _matmul(self.left * share[None, :], self.right)
+        return matmul(self.left * share[None, :], self.right)
 
     def covariance(self, count: jax.Array) -> jax.Array:
         """Return the posterior covariance `V(n) [d, d]`; the prior's for count 0."""
         variance = self.beta / (1 + count * self.beta)
-        return _matmul(self.left * variance[None, :], self.left.T)
-
-
-def _check_shapes(**arrays: tuple[jax.Array, str]) -> None:
-    """Check ranks, and that a letter stands for one size in all shapes."""
-    sizes: dict[str, tuple[int, str]] = {}
-    for name, (array, letters) in arrays.items():
-        shape = jnp.shape(array)
-        expected = f"[{', '.join(letters)}]"
-        if len(shape) != len(letters):
-            raise ValueError(f"{name} must have shape {expected}, got {shape}")
-        for letter, size in zip(letters, shape, strict=True):
-            known, owner = sizes.setdefault(letter, (size, name))
-            if size != known:
-                raise ValueError(
-                    f"{name} must have shape {expected} with {letter} = {known} as in "
-                    f"{owner}, got {shape}"
-                )
-
-
-def _check_number(name: str, value, lower: float, *, strict: bool = False) -> None:
-    """Check a bound of a Python number; arrays and tracers pass unchecked."""
-    if not isinstance(value, (int, float)):
-        return
-    if not (value > lower if strict else value >= lower):
-        sign = ">" if strict else ">="
-        raise ValueError(f"{name} must be {sign} {lower}, got {value}")
+        return matmul(self.left * variance[None, :], self.left.T)
 
 
 def _check_statistics(stats: Statistics, prefix: str, name: str) -> None:
-    _check_shapes(
+    check_shapes(
         **{
             f"{name}.count": (stats.count, prefix + "c"),
             f"{name}.mean": (stats.mean, prefix + "cd"),
             f"{name}.scatter": (stats.scatter, prefix + "dd"),
         }
     )
-
-
-def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Divide, with 0 where the denominator is 0, in value and in derivative."""
-    positive = denominator > 0
-    quotient = numerator / jnp.where(positive, denominator, 1)
-    return jnp.where(positive, quotient, 0)
 
 
 def _symmetrise(matrix: jax.Array) -> jax.Array:
@@ -155,7 +120,7 @@ def class_statistics(
     Returns:
       Statistics of the samples, in the dtype of `z` but at least float32.
     """
-    _check_shapes(z=(z, "sd"), y=(y, "s"), mask=(mask, "s"))
+    check_shapes(z=(z, "sd"), y=(y, "s"), mask=(mask, "s"))
     if num_classes < 1:
         raise ValueError(f"num_classes must be >= 1, got {num_classes}")
     dtype = jnp.result_type(z, jnp.float32)
@@ -164,9 +129,9 @@ def class_statistics(
     y = jnp.clip(y, 0, num_classes - 1)
     member = jax.nn.one_hot(y, num_classes, dtype=dtype) * mask[:, None]
     count = jnp.sum(member, axis=0)
-    mean = _divide(_matmul(member.T, z), count[:, None])
+    mean = divide(matmul(member.T, z), count[:, None])
     residual = jnp.where(mask[:, None], z - mean[y], 0)
-    return Statistics(count, mean, _matmul(residual.T, residual))
+    return Statistics(count, mean, matmul(residual.T, residual))
 
 
 def empty_statistics(
@@ -194,9 +159,9 @@ def merge(stats: Statistics) -> Statistics:
     _check_statistics(stats, "m", "stats")
     count = jnp.sum(stats.count, axis=0)
     present = stats.count > 0
-    share = _divide(stats.count, count[None])
+    share = divide(stats.count, count[None])
     local = jnp.where(present[..., None], stats.mean, 0)
-    mean = _einsum("mc,mcd->cd", share, local)
+    mean = einsum("mc,mcd->cd", share, local)
     scatter = jnp.sum(stats.scatter, axis=0)
     scatter = scatter + _mean_scatter(stats.count, local, mean)
     return Statistics(count, mean, scatter)
@@ -218,16 +183,16 @@ def merge_two(a: Statistics, b: Statistics) -> Statistics:
     count = a.count + b.count
     mean_a = jnp.where(a.count[:, None] > 0, a.mean, 0)
     delta = jnp.where(b.count[:, None] > 0, b.mean, 0) - mean_a
-    share = _divide(b.count, count)
+    share = divide(b.count, count)
     mean = mean_a + share[:, None] * delta
-    between = _matmul((delta * (a.count * share)[:, None]).T, delta)
+    between = matmul((delta * (a.count * share)[:, None]).T, delta)
     return Statistics(count, mean, a.scatter + b.scatter + between)
 
 
 def _mean_scatter(count: jax.Array, mean: jax.Array, center: jax.Array) -> jax.Array:
     """Sum `n_ic (zbar_ic - m_c)(zbar_ic - m_c)^T` over clients and classes, [d, d]."""
     delta = jnp.where(count[..., None] > 0, mean - center[None], 0)
-    return _einsum("mcd,mce->de", count[..., None] * delta, delta)
+    return einsum("mcd,mce->de", count[..., None] * delta, delta)
 
 
 def degrees_of_freedom(count: jax.Array) -> jax.Array:
@@ -252,7 +217,7 @@ def within_covariance(stats: Statistics) -> jax.Array:
     freedom = jnp.sum(degrees_of_freedom(stats.count))
     scatter = jnp.sum(stats.scatter, axis=0)
     identity = jnp.eye(scatter.shape[-1], dtype=scatter.dtype)
-    return jnp.where(freedom > 0, _divide(scatter, freedom), identity)
+    return jnp.where(freedom > 0, divide(scatter, freedom), identity)
 
 
 def shrink(cov: jax.Array, rho: float) -> jax.Array:
@@ -266,8 +231,8 @@ def shrink(cov: jax.Array, rho: float) -> jax.Array:
       `(1 - rho) cov + rho tr(cov)/d I`; a covariance of trace 0 moves towards the
       identity instead, so that the result is positive definite whenever `rho > 0`.
     """
-    _check_shapes(cov=(cov, "dd"))
-    _check_number("rho", rho, 0)
+    check_shapes(cov=(cov, "dd"))
+    check_number("rho", rho, 0)
     if isinstance(rho, (int, float)) and rho > 1:
         raise ValueError(f"rho must be <= 1, got {rho}")
     scale = jnp.trace(cov) / cov.shape[-1]
@@ -297,8 +262,8 @@ def _between_moments(
     total = jnp.sum(count, axis=0)
     local = jnp.where(count[..., None] > 0, stats.mean, 0)
     if global_mean is None:
-        global_mean = _einsum("mc,mcd->cd", _divide(count, total[None]), local)
-    _check_shapes(
+        global_mean = einsum("mc,mcd->cd", divide(count, total[None]), local)
+    check_shapes(
         **{"stats.count": (count, "mc"), "stats.mean": (stats.mean, "mcd")},
         global_mean=(global_mean, "cd"),
         within=(within, "dd"),
@@ -306,7 +271,7 @@ def _between_moments(
     )
     holders = jnp.sum(count > 0, axis=0)
     contrasts = jnp.sum(jnp.maximum(holders - 1, 0)).astype(noise.dtype)
-    size = jnp.sum(total - _divide(jnp.sum(count**2, axis=0), total))
+    size = jnp.sum(total - divide(jnp.sum(count**2, axis=0), total))
     # A class with a single holder has no contrast: rounding must not give it one.
     shared = jnp.where(holders[None] > 1, count, 0)
     excess = _mean_scatter(shared, local, global_mean) - contrasts * noise
@@ -344,7 +309,7 @@ def between_scale(
     excess, unit = (
         jnp.trace(cho_solve((factor, True), x)) for x in (moments.excess, moments.noise)
     )
-    beta = jnp.maximum(_divide(excess, moments.size * unit), 0)
+    beta = jnp.maximum(divide(excess, moments.size * unit), 0)
     return jax.lax.stop_gradient(jnp.where(moments.size > 0, beta, fallback))
 
 
@@ -389,18 +354,18 @@ def between_covariance(
         raise ValueError(
             f"form must be one of {', '.join(BETWEEN_FORMS)}, got {form!r}"
         )
-    _check_number("fallback", fallback, 0)
+    check_number("fallback", fallback, 0)
     if form == "scalar":
         beta = between_scale(stats, global_mean, within, noise=noise, fallback=fallback)
         return jax.lax.stop_gradient(beta * within)
     moments = _between_moments(stats, global_mean, within, noise)
     known = moments.size > 0
-    raw = jnp.where(known, _divide(moments.excess, moments.size), fallback * within)
+    raw = jnp.where(known, divide(moments.excess, moments.size), fallback * within)
     raw = jax.lax.stop_gradient(raw)
     if form == "diagonal":
         return jnp.diag(jnp.maximum(jnp.diag(raw), 0))
     value, vector = jnp.linalg.eigh(_symmetrise(raw))
-    return _matmul(vector * jnp.maximum(value, 0)[None, :], vector.T)
+    return matmul(vector * jnp.maximum(value, 0)[None, :], vector.T)
 
 
 # Fusion of a prior and a likelihood.
@@ -419,7 +384,7 @@ def kalman_gain(prior_cov: jax.Array, cov: jax.Array, count: jax.Array) -> jax.A
     Returns:
       `[d, d]`.
     """
-    _check_shapes(prior_cov=(prior_cov, "dd"), cov=(cov, "dd"), count=(count, ""))
+    check_shapes(prior_cov=(prior_cov, "dd"), cov=(cov, "dd"), count=(count, ""))
     scaled = count * prior_cov
     return cho_solve((jnp.linalg.cholesky(scaled + cov), True), scaled).T
 
@@ -434,14 +399,14 @@ def gain_eigen(prior_cov: jax.Array, cov: jax.Array) -> GainBasis:
     Returns:
       The basis, whose methods give `K(n)` and `V(n)`; a constant under `grad`.
     """
-    _check_shapes(prior_cov=(prior_cov, "dd"), cov=(cov, "dd"))
+    check_shapes(prior_cov=(prior_cov, "dd"), cov=(cov, "dd"))
     prior_cov, cov = jax.lax.stop_gradient((prior_cov, cov))
     factor = jnp.linalg.cholesky(cov)
     half = solve_triangular(factor, prior_cov, lower=True)
     whitened = solve_triangular(factor, half.T, lower=True)
     beta, vector = jnp.linalg.eigh(_symmetrise(whitened))
     return GainBasis(
-        left=_matmul(factor, vector),
+        left=matmul(factor, vector),
         right=solve_triangular(factor, vector, lower=True, trans="T").T,
         beta=jnp.maximum(beta, 0),
     )
@@ -464,21 +429,21 @@ def joseph_covariance(
     Returns:
       `[d, d]`.
     """
-    _check_shapes(
+    check_shapes(
         gain=(gain, "dd"),
         prior_cov=(prior_cov, "dd"),
         cov=(cov, "dd"),
         count=(count, ""),
     )
     rest = jnp.eye(gain.shape[-1], dtype=gain.dtype) - gain
-    noise = _divide(cov, jnp.asarray(count, cov.dtype))
-    return _einsum("ij,jk,lk->il", rest, prior_cov, rest) + _einsum(
+    noise = divide(cov, jnp.asarray(count, cov.dtype))
+    return einsum("ij,jk,lk->il", rest, prior_cov, rest) + einsum(
         "ij,jk,lk->il", gain, noise, gain
     )
 
 
 def _check_fuse(prior_mean, prior_cov, mean, cov, count) -> None:
-    _check_shapes(
+    check_shapes(
         prior_mean=(prior_mean, "cd"),
         prior_cov=(prior_cov, "dd"),
         mean=(mean, "cd"),
@@ -501,8 +466,8 @@ def _posterior_mean(
     basis: GainBasis, prior_mean: jax.Array, delta: jax.Array, count: jax.Array
 ) -> jax.Array:
     scaled = count[:, None] * basis.beta[None, :]
-    step = _matmul(delta, basis.right.T) * (scaled / (1 + scaled))
-    return prior_mean + _matmul(step, basis.left.T)
+    step = matmul(delta, basis.right.T) * (scaled / (1 + scaled))
+    return prior_mean + matmul(step, basis.left.T)
 
 
 def fuse(
@@ -571,7 +536,7 @@ def fuse_information(
 
     def update(prior, delta, n):
         posterior = invert(prior_precision + n * precision)
-        return prior + _matmul(posterior, _matmul(n * precision, delta)), posterior
+        return prior + matmul(posterior, matmul(n * precision, delta)), posterior
 
     return jax.vmap(update)(prior_mean, *_innovation(prior_mean, mean, count))
 
@@ -595,11 +560,11 @@ def fuse_covariance(
     Returns:
       `[d, d]`; the prior if both weights are 0.
     """
-    _check_shapes(prior_cov=(prior_cov, "dd"), scatter=(scatter, "dd"), dof=(dof, ""))
-    _check_number("strength", strength, 0)
+    check_shapes(prior_cov=(prior_cov, "dd"), scatter=(scatter, "dd"), dof=(dof, ""))
+    check_number("strength", strength, 0)
     dof = jnp.maximum(jnp.asarray(dof, prior_cov.dtype), 0)
     total = dof + strength
-    return (1 - _divide(dof, total)) * prior_cov + _divide(scatter, total)
+    return (1 - divide(dof, total)) * prior_cov + divide(scatter, total)
 
 
 def normal_inverse_wishart(
@@ -629,20 +594,20 @@ def normal_inverse_wishart(
     Returns:
       Posterior means `[c, d]` and the posterior mean of the covariance `[d, d]`.
     """
-    _check_shapes(
+    check_shapes(
         prior_mean=(prior_mean, "cd"),
         prior_cov=(prior_cov, "dd"),
         mean=(mean, "cd"),
         scatter=(scatter, "dd"),
         count=(count, "c"),
     )
-    _check_number("kappa", kappa, 0)
+    check_number("kappa", kappa, 0)
     dim = jnp.shape(prior_mean)[-1]
-    _check_number("nu", nu, dim + 1, strict=True)
+    check_number("nu", nu, dim + 1, strict=True)
     delta, count = _innovation(prior_mean, mean, count)
-    gain = _divide(count, count + kappa)
+    gain = divide(count, count + kappa)
     strength = nu - dim - 1
-    surprise = _matmul((delta * (kappa * gain)[:, None]).T, delta)
+    surprise = matmul((delta * (kappa * gain)[:, None]).T, delta)
     cov = (strength * prior_cov + scatter + surprise) / (strength + jnp.sum(count))
     return prior_mean + gain[:, None] * delta, cov
 
@@ -677,19 +642,19 @@ def fuse_global(
       Means `[c, d]` and variances `[c]`. A class that nobody holds keeps its mean and
       gains the process noise.
     """
-    _check_shapes(
+    check_shapes(
         mean=(mean, "cd"),
         variance=(variance, "c"),
         measured=(measured, "cd"),
         count=(count, "mc"),
     )
-    _check_number("between", between, 0)
-    _check_number("process_noise", process_noise, 0)
+    check_number("between", between, 0)
+    check_number("process_noise", process_noise, 0)
     count = count.astype(mean.dtype)
     total = jnp.sum(count, axis=0)
     seen = total > 0
     predicted = variance + process_noise
-    noise = _divide(1 + between * _divide(jnp.sum(count**2, axis=0), total), total)
+    noise = divide(1 + between * divide(jnp.sum(count**2, axis=0), total), total)
     # noise / predicted, not predicted / (predicted + noise): infinity gives gain 1.
     certain = predicted <= 0
     ratio = noise / jnp.where(certain, 1, predicted)
@@ -713,8 +678,8 @@ def class_prior(count: jax.Array, concentration: float) -> jax.Array:
     Returns:
       `[c]` log probabilities; uniform for a client without samples.
     """
-    _check_shapes(count=(count, "c"))
-    _check_number("concentration", concentration, 0, strict=True)
+    check_shapes(count=(count, "c"))
+    check_number("concentration", concentration, 0, strict=True)
     smooth = count + concentration
     return jnp.log(smooth) - jnp.log(jnp.sum(smooth))
 
@@ -739,10 +704,10 @@ def plugin_head(
       Kernel `[d, c]` and bias `[c]`, so that `z @ kernel + bias` are the scores of
       `plugin_logits`.
     """
-    _check_shapes(mean=(mean, "cd"), cov=(cov, "dd"), log_prior=(log_prior, "c"))
-    _check_number("temperature", temperature, 0)
+    check_shapes(mean=(mean, "cd"), cov=(cov, "dd"), log_prior=(log_prior, "c"))
+    check_number("temperature", temperature, 0)
     kernel = cho_solve((jnp.linalg.cholesky(cov), True), mean.T)
-    bias = log_prior - temperature / 2 * _einsum("cd,dc->c", mean, kernel)
+    bias = log_prior - temperature / 2 * einsum("cd,dc->c", mean, kernel)
     return temperature * kernel, bias
 
 
@@ -766,9 +731,9 @@ def plugin_logits(
     Returns:
       `[b, c]` log posterior class probabilities up to a constant per row.
     """
-    _check_shapes(z=(z, "bd"), mean=(mean, "cd"))
+    check_shapes(z=(z, "bd"), mean=(mean, "cd"))
     kernel, bias = plugin_head(mean, cov, log_prior, temperature=temperature)
-    return _matmul(z, kernel) + bias[None, :]
+    return matmul(z, kernel) + bias[None, :]
 
 
 def predictive_logits(
@@ -796,14 +761,14 @@ def predictive_logits(
     Returns:
       `[b, c]` log posterior class probabilities up to a constant per row.
     """
-    _check_shapes(
+    check_shapes(
         z=(z, "bd"),
         mean=(mean, "cd"),
         cov=(cov, "dd"),
         mean_cov=(mean_cov, "cdd"),
         log_prior=(log_prior, "c"),
     )
-    _check_number("temperature", temperature, 0)
+    check_number("temperature", temperature, 0)
 
     def score(center: jax.Array, spread: jax.Array) -> jax.Array:
         factor = jnp.linalg.cholesky(cov + spread)
@@ -859,12 +824,12 @@ def bures_wasserstein(
     """
     _check_pair(mean0, cov0, mean1, cov1)
     factor0, factor1 = jnp.linalg.cholesky(cov0), jnp.linalg.cholesky(cov1)
-    overlap = jnp.linalg.svd(_matmul(factor0.T, factor1), compute_uv=False)
+    overlap = jnp.linalg.svd(matmul(factor0.T, factor1), compute_uv=False)
     shape = jnp.trace(cov0) + jnp.trace(cov1) - 2 * jnp.sum(overlap)
     return jnp.sum((mean0 - mean1) ** 2) + jnp.maximum(shape, 0)
 
 
 def _check_pair(mean0, cov0, mean1, cov1) -> None:
-    _check_shapes(
+    check_shapes(
         mean0=(mean0, "d"), cov0=(cov0, "dd"), mean1=(mean1, "d"), cov1=(cov1, "dd")
     )

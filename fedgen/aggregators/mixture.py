@@ -67,13 +67,14 @@ import optax
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import logsumexp
 
-from fedgen.aggregators.gaussian import (
-    _check_number,
-    _check_shapes,
-    _divide,
-    _einsum,
-    _matmul,
+from fedgen.aggregators._checks import (
+    check_finite,
+    check_number,
+    check_shapes,
+    check_values,
+    is_known,
 )
+from fedgen.aggregators._numerics import divide, einsum, matmul
 
 COVARIANCE_FORMS = ("full", "tied", "diagonal", "scalar")
 
@@ -93,28 +94,12 @@ class Statistics(NamedTuple):
 # Checks of values, which are skipped while tracing.
 
 
-def _known(*arrays) -> bool:
-    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
-
-
-def _check_values(name: str, array, rule: str, valid: Callable) -> None:
-    if not _known(array):
-        return
-    array = np.asarray(array)
-    wrong = ~valid(array)
-    if wrong.any():
-        raise ValueError(
-            f"{name} must be {rule}, got {array[wrong][0]} "
-            f"in {wrong.sum()} of {array.size} entries"
-        )
-
-
 def _check_table(log_density, mask, prefix: str = "") -> None:
     shapes = {"log_density": (log_density, prefix + "sk"), "mask": (mask, prefix + "s")}
-    _check_shapes(**shapes)
-    if _known(log_density, mask):
+    check_shapes(**shapes)
+    if is_known(log_density, mask):
         rows = np.asarray(log_density)[np.asarray(mask, bool)]
-        _check_values(
+        check_values(
             "log_density", rows, "below infinity and not NaN", lambda x: x < np.inf
         )
 
@@ -125,22 +110,17 @@ def _check_proportions(proportions) -> None:
         return np.isfinite(x) & (x >= 0) & some
 
     rule = "finite, >= 0 and not all 0"
-    _check_values("proportions", proportions, rule, valid)
+    check_values("proportions", proportions, rule, valid)
 
 
 def _check_mask(mask) -> None:
-    if _known(mask) and not np.any(mask):
+    if is_known(mask) and not np.any(mask):
         raise ValueError("mask must hold a sample, got zeros only")
 
 
-def _check_finite(**arrays) -> None:
-    for name, array in arrays.items():
-        _check_values(name, array, "finite", np.isfinite)
-
-
 def _check_gaussians(mean, cov) -> None:
-    _check_finite(mean=mean, cov=cov)
-    if _known(cov):
+    check_finite(mean=mean, cov=cov)
+    if is_known(cov):
         proper = np.asarray(_factorise(jnp.asarray(cov))[1])
         if not proper.all():
             wrong = np.flatnonzero(~proper).tolist()
@@ -217,7 +197,7 @@ def responsibilities(
        [0.5 0.5]]
     """
     _check_table(log_density, mask)
-    _check_shapes(log_density=(log_density, "sk"), proportions=(proportions, "k"))
+    check_shapes(log_density=(log_density, "sk"), proportions=(proportions, "k"))
     _check_proportions(proportions)
     mask = jnp.asarray(mask, bool)
     logits = _logits(_masked_table(log_density, mask), proportions)
@@ -240,7 +220,7 @@ def log_evidence(
       `[s]` nats, 0 in masked rows; at least about `-1e30`, for a density of 0.
     """
     _check_table(log_density, mask)
-    _check_shapes(log_density=(log_density, "sk"), proportions=(proportions, "k"))
+    check_shapes(log_density=(log_density, "sk"), proportions=(proportions, "k"))
     _check_proportions(proportions)
     mask = jnp.asarray(mask, bool)
     table = _masked_table(log_density, mask)
@@ -285,8 +265,8 @@ def log_posterior(
 
 
 def _concentration(concentration) -> jax.Array:
-    _check_shapes(concentration=(concentration, ""))
-    _check_values("concentration", concentration, ">= 1", lambda x: x >= 1)
+    check_shapes(concentration=(concentration, ""))
+    check_values("concentration", concentration, ">= 1", lambda x: x >= 1)
     return jnp.where(concentration >= 1, concentration, 1.0)
 
 
@@ -339,8 +319,8 @@ def fit_proportions(
     """
     _check_table(log_density, mask)
     _check_mask(mask)
-    _check_number("tolerance", tolerance, 0)
-    _check_number("max_steps", max_steps, 1)
+    check_number("tolerance", tolerance, 0)
+    check_number("max_steps", max_steps, 1)
     mask = jnp.asarray(mask, bool)
     table = jax.lax.stop_gradient(_relative(_masked_table(log_density, mask)))
     density = jnp.where(mask[:, None], jnp.exp(table), 0).T  # [k, s]
@@ -348,7 +328,7 @@ def fit_proportions(
 
     count = jnp.sum(mask).astype(dtype)
     excess = (_concentration(concentration) - 1).astype(dtype)
-    share = _divide(count, count + num_components * excess)  # of the data
+    share = divide(count, count + num_components * excess)  # of the data
     tolerance = jnp.maximum(tolerance, 16 * jnp.finfo(dtype).eps).astype(dtype)
 
     def unfinished(state):
@@ -357,11 +337,11 @@ def fit_proportions(
 
     def improve(state):
         step, proportions, _ = state
-        evidence = _matmul(proportions, density)
-        weight = _divide(mask.astype(dtype), evidence)
-        total = proportions * _matmul(density, weight)  # sum_s r_sk
-        updated = share * _divide(total, count) + (1 - share) / num_components
-        return step + 1, updated, jnp.max(_divide(updated, proportions)) - 1
+        evidence = matmul(proportions, density)
+        weight = divide(mask.astype(dtype), evidence)
+        total = proportions * matmul(density, weight)  # sum_s r_sk
+        updated = share * divide(total, count) + (1 - share) / num_components
+        return step + 1, updated, jnp.max(divide(updated, proportions)) - 1
 
     start = jnp.full([num_components], 1 / num_components, dtype)
     state = jnp.zeros([], jnp.int32), start, jnp.full([], jnp.inf, dtype)
@@ -385,23 +365,23 @@ def component_statistics(x: jax.Array, responsibility: jax.Array) -> Statistics:
       Statistics in the dtype of `x` but at least float32. While tracing, rows of
       `x` that are not finite and responsibilities that are not positive count as 0.
     """
-    _check_shapes(x=(x, "sd"), responsibility=(responsibility, "sk"))
-    _check_values(
+    check_shapes(x=(x, "sd"), responsibility=(responsibility, "sk"))
+    check_values(
         "responsibility",
         responsibility,
         "finite and >= 0",
         lambda r: np.isfinite(r) & (r >= 0),
     )
-    if _known(x, responsibility):
-        _check_finite(x=np.asarray(x)[np.any(np.asarray(responsibility) > 0, axis=1)])
+    if is_known(x, responsibility):
+        check_finite(x=np.asarray(x)[np.any(np.asarray(responsibility) > 0, axis=1)])
     x = _float(x)
     usable = jnp.all(jnp.isfinite(x), axis=1)[:, None]
     weight = jnp.where(usable & (responsibility > 0), responsibility, 0).astype(x.dtype)
     x = jnp.where(usable & jnp.any(weight > 0, axis=1, keepdims=True), x, 0)
     count = jnp.sum(weight, axis=0)
-    mean = _divide(_matmul(weight.T, x), count[:, None])
+    mean = divide(matmul(weight.T, x), count[:, None])
     delta = x[:, None] - mean[None]
-    scatter = _einsum("skd,ske->kde", weight[..., None] * delta, delta)
+    scatter = einsum("skd,ske->kde", weight[..., None] * delta, delta)
     return Statistics(count, mean, scatter)
 
 
@@ -424,17 +404,17 @@ def merge(stats: Statistics, *, between: bool = True) -> Statistics:
     present = stats.count > 0
     total = jnp.sum(stats.count, axis=0)
     local = jnp.where(present[..., None], stats.mean, 0)
-    mean = _einsum("nk,nkd->kd", _divide(stats.count, total[None]), local)
+    mean = einsum("nk,nkd->kd", divide(stats.count, total[None]), local)
     scatter = jnp.sum(stats.scatter, axis=0)
     if between:
         delta = jnp.where(present[..., None], local - mean[None], 0)
         weighted = stats.count[..., None] * delta
-        scatter = scatter + _einsum("nkd,nke->kde", weighted, delta)
+        scatter = scatter + einsum("nkd,nke->kde", weighted, delta)
     return Statistics(total, mean, scatter)
 
 
 def _check_statistics(stats: Statistics, prefix: str) -> None:
-    _check_shapes(
+    check_shapes(
         **{
             "stats.count": (stats.count, prefix + "k"),
             "stats.mean": (stats.mean, prefix + "kd"),
@@ -467,11 +447,11 @@ def maximise(
       ValueError: If a component is known to be empty.
     """
     _check_statistics(stats, "")
-    _check_number("strength", strength, 0)
+    check_number("strength", strength, 0)
     if form not in COVARIANCE_FORMS:
         expected = ", ".join(COVARIANCE_FORMS)
         raise ValueError(f"form must be one of {expected}, got {form!r}")
-    _check_values("stats.count", stats.count, "> 0", lambda x: x > 0)
+    check_values("stats.count", stats.count, "> 0", lambda x: x > 0)
     num_components, dim = jnp.shape(stats.mean)
     identity = jnp.eye(dim, dtype=stats.mean.dtype)[None]
     present = (stats.count > 0)[:, None]
@@ -479,10 +459,10 @@ def maximise(
     count = jnp.where(present[:, 0], stats.count, 0)
     scatter = jnp.where(present[..., None], stats.scatter, 0)
     total = jnp.sum(count)
-    pooled = _divide(jnp.sum(scatter, axis=0, keepdims=True), total)
+    pooled = divide(jnp.sum(scatter, axis=0, keepdims=True), total)
     pooled = jnp.where(total > 0, pooled, identity)
     size = (count + strength)[:, None, None]
-    cov = _divide(scatter + strength * pooled, size)
+    cov = divide(scatter + strength * pooled, size)
     cov = jnp.where(size > 0, cov, pooled)
     if form == "tied":
         cov = jnp.broadcast_to(pooled, cov.shape)
@@ -490,7 +470,7 @@ def maximise(
         cov = cov * identity
     elif form == "scalar":
         cov = jnp.trace(cov, axis1=1, axis2=2)[:, None, None] / dim * identity
-    weight = jnp.where(total > 0, _divide(count, total), 1 / num_components)
+    weight = jnp.where(total > 0, divide(count, total), 1 / num_components)
     return jnp.where(present, stats.mean, 0), cov, weight
 
 
@@ -540,10 +520,10 @@ def gaussian_log_density(
     """
     if mask is None:
         mask = np.ones(jnp.shape(x)[:1], bool)
-    _check_shapes(x=(x, "sd"), mean=(mean, "kd"), cov=(cov, "kdd"), mask=(mask, "s"))
+    check_shapes(x=(x, "sd"), mean=(mean, "kd"), cov=(cov, "kdd"), mask=(mask, "s"))
     _check_gaussians(mean, cov)
-    if _known(x, mask):
-        _check_finite(x=np.asarray(x)[np.asarray(mask, bool)])
+    if is_known(x, mask):
+        check_finite(x=np.asarray(x)[np.asarray(mask, bool)])
     x, mask = _float(x), jnp.asarray(mask, bool)
     finite = jnp.all(jnp.isfinite(x), axis=1)
     x = jnp.where((mask & finite)[:, None], x, 0)
@@ -580,16 +560,16 @@ def sample(
     Returns:
       Samples `[s, d]` and the components `[s]` that they were drawn from.
     """
-    _check_shapes(mean=(mean, "kd"), cov=(cov, "kdd"), proportions=(proportions, "k"))
+    check_shapes(mean=(mean, "kd"), cov=(cov, "kdd"), proportions=(proportions, "k"))
     _check_gaussians(mean, cov)
     _check_proportions(proportions)
-    _check_number("num_samples", num_samples, 1)
+    check_number("num_samples", num_samples, 1)
     key_component, key_noise = jax.random.split(key)
     log = _log_proportions(proportions, mean.dtype)
     component = jax.random.categorical(key_component, log, shape=(num_samples,))
     noise = jax.random.normal(key_noise, (num_samples, mean.shape[1]), mean.dtype)
     factor, _ = _factorise(cov)
-    return mean[component] + _einsum("sde,se->sd", factor[component], noise), component
+    return mean[component] + einsum("sde,se->sd", factor[component], noise), component
 
 
 # Variational auto-encoders as components. No network here: arrays and callables.
@@ -663,8 +643,8 @@ def elbo(log_prob: jax.Array, kl: jax.Array) -> jax.Array:
       `[...]` nats, within `+-1e30`; `-1e30` for NaN while tracing.
     """
     _check_same_shape(log_prob=log_prob[0], kl=kl)
-    _check_values("log_prob", log_prob, "not NaN", lambda x: ~np.isnan(x))
-    _check_values("kl", kl, "not NaN", lambda x: ~np.isnan(x))
+    check_values("log_prob", log_prob, "not NaN", lambda x: ~np.isnan(x))
+    check_values("kl", kl, "not NaN", lambda x: ~np.isnan(x))
     return _bounded(jnp.mean(_bounded(log_prob), axis=0) - kl)
 
 
@@ -690,7 +670,7 @@ def importance_bound(log_weight: jax.Array) -> jax.Array:
       >>> print(np.exp(bound).round(3))
       [0.2]
     """
-    _check_values(
+    check_values(
         "log_weight", log_weight, "below infinity and not NaN", lambda x: x < np.inf
     )
     num_samples = jnp.shape(log_weight)[0]
@@ -722,7 +702,7 @@ def vae_log_density(
     Returns:
       `[s]` nats, within `+-1e30`; `-1e30` for NaN while tracing.
     """
-    _check_number("num_samples", num_samples, 1)
+    check_number("num_samples", num_samples, 1)
     if bound not in ("importance", "elbo"):
         raise ValueError(f"bound must be one of importance, elbo, got {bound!r}")
     mean, log_variance = encode(x)
@@ -783,13 +763,13 @@ def farthest_first(
     """
     if mask is None:
         mask = np.ones(jnp.shape(cross_density)[:1], bool)
-    _check_shapes(cross_density=(cross_density, "nn"), mask=(mask, "n"))
+    check_shapes(cross_density=(cross_density, "nn"), mask=(mask, "n"))
     _check_seeds(num_seeds, jnp.shape(cross_density)[0], "the clients")
-    if _known(mask):
+    if is_known(mask):
         _check_seeds(num_seeds, int(np.sum(np.asarray(mask, bool))), "unmasked clients")
-    if _known(cross_density, mask):
+    if is_known(cross_density, mask):
         exists = np.asarray(mask, bool)
-        _check_finite(cross_density=np.asarray(cross_density)[exists][:, exists])
+        check_finite(cross_density=np.asarray(cross_density)[exists][:, exists])
     mask = jnp.asarray(mask, bool)
     cross = jnp.clip(_float(cross_density), -_BOUND, _BOUND)
     loss = jnp.diag(cross)[:, None] - cross
@@ -853,13 +833,13 @@ def balanced_responsibilities(
       ValueError: As `responsibilities`, and for a mask of zeros if it is known.
     """
     _check_table(log_density, mask, "n")
-    _check_shapes(log_density=(log_density, "nsk"), proportions=(proportions, "nk"))
-    _check_shapes(temperature=(temperature, ""))
+    check_shapes(log_density=(log_density, "nsk"), proportions=(proportions, "nk"))
+    check_shapes(temperature=(temperature, ""))
     _check_proportions(proportions)
     _check_mask(mask)
-    _check_values("temperature", temperature, "> 0", lambda x: x > 0)
-    _check_number("tolerance", tolerance, 0)
-    _check_number("max_steps", max_steps, 1)
+    check_values("temperature", temperature, "> 0", lambda x: x > 0)
+    check_number("tolerance", tolerance, 0)
+    check_number("max_steps", max_steps, 1)
     mask = jnp.asarray(mask, bool)
     table = _masked_table(log_density, mask)
     dtype, num_components = table.dtype, table.shape[-1]
@@ -889,7 +869,7 @@ def balanced_responsibilities(
         log_share, _ = log_shares(offset)
         share = jnp.exp(log_share).reshape(-1, num_components)
         excess = jnp.sum(share, axis=0) - mass
-        hessian = jnp.diag(jnp.sum(share, axis=0)) - _matmul(share.T, share)
+        hessian = jnp.diag(jnp.sum(share, axis=0)) - matmul(share.T, share)
         # Adding a constant to all offsets changes nothing; this fixes it.
         hessian = hessian + mass * (
             1 / num_components + 1e-6 * jnp.eye(num_components, dtype=dtype)
@@ -949,8 +929,8 @@ def assign(cost: jax.Array) -> jax.Array:
       >>> print(assign(jnp.array([[4.0, 1.0], [2.0, 0.0]])))
       [1 0]
     """
-    _check_shapes(cost=(cost, "kk"))
-    _check_finite(cost=cost)
+    check_shapes(cost=(cost, "kk"))
+    check_finite(cost=cost)
     cost = _float(cost)
     finite = jnp.isfinite(cost)
     largest = jnp.max(jnp.where(finite, jnp.abs(cost), 0))
@@ -971,7 +951,7 @@ def match_proportions(estimate: jax.Array, truth: jax.Array) -> jax.Array:
       Permutation `[k]`; `estimate[:, permutation]` has the least sum of absolute
       differences from the truth, hence the least mean total variation.
     """
-    _check_shapes(estimate=(estimate, "nk"), truth=(truth, "nk"))
+    check_shapes(estimate=(estimate, "nk"), truth=(truth, "nk"))
     return assign(jnp.sum(jnp.abs(estimate[:, :, None] - truth[:, None]), axis=0))
 
 
@@ -998,13 +978,13 @@ def estimate_num_components(
     Raises:
       ValueError: If entries are known not to be finite, or for fewer than 2 clients.
     """
-    _check_shapes(cross_density=(cross_density, "nn"))
+    check_shapes(cross_density=(cross_density, "nn"))
     num_clients = jnp.shape(cross_density)[0]
     if num_clients < 2:
         raise ValueError(
             f"cross_density must have 2 clients or more, got {num_clients}"
         )
-    _check_finite(cross_density=cross_density)
+    check_finite(cross_density=cross_density)
     cross = _float(cross_density)
     cross = jnp.where(jnp.isfinite(cross), cross, 0)
     scale = jnp.max(jnp.abs(cross))
