@@ -207,11 +207,15 @@ def _check_grid(names: Collection[str], grid: Grid) -> None:
             config_lib.nearest("grid name", key, known)
 
 
+def _path(config: Config, folder: pathlib.Path) -> pathlib.Path:
+    return folder / f"{config.algorithm}-{config_lib.short_hash(config)}"
+
+
 def _run(
     config: Config, folder: pathlib.Path, console: rich.console.Console
 ) -> dict[str, Any]:
     """Run a configuration, or read what it gave before."""
-    path = folder / f"{config.algorithm}-{config_lib.short_hash(config)}"
+    path = _path(config, folder)
     summary = path / "summary.json"
     if summary.exists():
         return json.loads(summary.read_text())
@@ -228,11 +232,15 @@ def _try(
     config: Config, folder: pathlib.Path, console: rich.console.Console
 ) -> dict[str, Any] | None:
     """Run a point of the grid; None if it diverged, which is an answer too."""
-    try:
-        return _run(config, folder, console)
-    except FloatingPointError as error:
-        console.print(f"left out: {error}", markup=False, soft_wrap=True)
-        return None
+    record = _path(config, folder) / "diverged.txt"
+    if not record.exists():
+        try:
+            return _run(config, folder, console)
+        except FloatingPointError as error:
+            record.write_text(f"{error}\n")
+    reason = record.read_text().strip()
+    console.print(f"left out: {reason}", markup=False, soft_wrap=True)
+    return None
 
 
 def _row(name: str, chosen: dict[str, str], summaries: list[dict[str, Any]]) -> Row:

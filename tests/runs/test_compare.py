@@ -71,6 +71,27 @@ def test_finished_runs_are_read_and_not_run_again(asked, tmp_path):
     assert len(asked) == count
 
 
+def test_a_point_that_diverged_is_left_out_and_not_run_again(
+    asked, tmp_path, monkeypatch
+):
+    sound = experiment.run
+
+    def run_or_diverge(config, folder, **options):
+        if config.learning_rate > 0.07:
+            pathlib.Path(folder).mkdir(parents=True)
+            asked.append(config)
+            raise FloatingPointError("round 3: loss not finite")
+        return sound(config, folder, **options)
+
+    monkeypatch.setattr(experiment, "run", run_or_diverge)
+    (row,) = run(tmp_path, names=("pfedgm",), seeds=1)
+    assert row.chosen == {"learning_rate": "0.05"}
+    run(tmp_path, names=("pfedgm",), seeds=1)
+    assert [config.learning_rate for config in asked] == [0.05, 0.1]
+    with pytest.raises(FloatingPointError, match="diverged at every point"):
+        run(tmp_path, {"learning_rate": ["0.1"]}, names=("pfedgm",), seeds=1)
+
+
 def test_a_grid_of_one_algorithm_leaves_the_others_alone(asked, tmp_path):
     run(tmp_path, {"pfedgm.pull": ["0.5", "1.0"]}, seeds=1)
     pulls = [config.hyperparameters for config in asked]
