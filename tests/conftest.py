@@ -24,6 +24,9 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
+# The suite compiles far longer than it computes. What runs in a process of its own,
+# the command line and the notebooks, is optimised as for users.
+jax.config.update("jax_disable_most_optimizations", True)
 
 WARNINGS_AS_ERRORS = (
     "error:Some donated buffers were not usable:UserWarning",

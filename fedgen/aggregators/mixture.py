@@ -121,7 +121,9 @@ def _check_mask(mask) -> None:
 def _check_gaussians(mean, cov) -> None:
     check_finite(mean=mean, cov=cov)
     if is_known(cov):
-        proper = np.asarray(_factorise(jnp.asarray(cov))[1])
+        # Inside of a trace a known covariance would be factorised by the trace.
+        with jax.ensure_compile_time_eval():
+            proper = np.asarray(_factorise(jnp.asarray(cov))[1])
         if not proper.all():
             wrong = np.flatnonzero(~proper).tolist()
             raise ValueError(f"cov must be positive definite, got components {wrong}")

@@ -15,9 +15,13 @@ from fedgen.algorithms.ccvr import ccvr
 from fedgen.algorithms.fedavg import fedadam, fedavg, fedyogi
 from fedgen.algorithms.fedavg_ft import fedavg_ft
 from fedgen.algorithms.fedavg_gaussian import fedavg_gaussian
+from fedgen.algorithms.fedem import fedem
+from fedgen.algorithms.fedgmi import fedgmi
+from fedgen.algorithms.fedgmm import fedgmm
 from fedgen.algorithms.fedper import fedper
 from fedgen.algorithms.fedproto import fedproto
 from fedgen.algorithms.fedprox import fedprox
+from fedgen.algorithms.ifca import ifca
 from fedgen.algorithms.local_only import local_only
 from fedgen.algorithms.pfedfda import pfedfda
 from fedgen.algorithms.pfedgm import pfedgm
@@ -34,10 +38,14 @@ REGISTRY: dict[str, Factory] = {
         fedavg,
         fedavg_ft,
         fedavg_gaussian,
+        fedem,
+        fedgmi,
+        fedgmm,
         fedper,
         fedprox,
         fedproto,
         fedyogi,
+        ifca,
         local_only,
         pfedfda,
         pfedgm,

@@ -715,6 +715,14 @@ def test_bad_input_under_jit_is_finite():
     assert estimate(BAD_TABLE)[0] == 1
 
 
+def test_known_covariances_are_checked_within_a_trace_too():
+    draw = jax.jit(lambda x: mixture.gaussian_log_density(x, MEAN, NOT_PSD))
+    with pytest.raises(ValueError, match="positive definite"):
+        draw(MEAN)
+    known = jax.jit(lambda x: mixture.gaussian_log_density(x, MEAN, COV))
+    close(known(MEAN), gaussian_log_density(MEAN, MEAN, COV))
+
+
 def test_examples_run():
     with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
         assert doctest.testmod(mixture).failed == 0
