@@ -35,7 +35,6 @@ ROUNDS = 3
 # Bytes (down, up) of a participant: 4 features, 6 hidden, d = 5, c = 4, float32.
 BODY, HEAD = 4 * 6 + 6 + 6 * 5 + 5, 5 * 4 + 4
 WEIGHTS = BODY + HEAD
-VAE = (4 * 128 + 128 + 128 * 32 + 32) + (16 * 128 + 128 + 128 * 4 + 4)
 # A `Mean` also carries its weight.
 AVERAGED = 4 * WEIGHTS, 4 * WEIGHTS + 4
 
@@ -61,9 +60,6 @@ TRAFFIC = {
     "fedavg_gaussian": gaussian(HEAD, 1),
     # Three models; up, each with its weight.
     "fedem": (12 * WEIGHTS, 12 * (WEIGHTS + 1)),
-    # Two VAEs of 4 features, 128 hidden units and a code of 16, and two models; with
-    # offsets, clock, planted, asked. Up, each with its weight, and what is told.
-    "fedgmi": (8 * (VAE + WEIGHTS) + 8 + 4 + 4 + 1, 8 * (VAE + 1 + WEIGHTS + 1) + 8),
     # Besides three models, three Gaussians of the 4 features; up, each with its count.
     "fedgmm": (12 * (WEIGHTS + 4 + 16), 12 * (WEIGHTS + 1 + 1 + 4 + 16)),
     "fedper": (4 * BODY, 4 * BODY + 4),
