@@ -72,12 +72,21 @@ def merge_two(a: mixture.Statistics, b: mixture.Statistics) -> mixture.Statistic
 def pool(
     ids: jax.Array, stats: mixture.Statistics, *, between: bool
 ) -> mixture.Statistics:
-    """Merge the statistics of the clients `ids [m]`, in the order of their numbers.
+    """Merge the statistics of the clients `ids [m]`, one by one in that order.
 
-    Uploads come in no order, and roundings of sums would depend on it.
+    Uploads come in no order, and roundings of sums would depend on it. Whoever is
+    absent is passed over, since even adding nothing may round.
     """
     order = jnp.argsort(ids)
-    return mixture.merge(jax.tree.map(lambda a: a[order], stats), between=between)
+
+    def add(total, one):
+        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), total, one)
+        merged = mixture.merge(both, between=between)
+        here = jnp.any(one.count > 0)
+        return jax.tree.map(lambda a, b: jnp.where(here, a, b), merged, total), None
+
+    start = jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), stats)
+    return jax.lax.scan(add, start, jax.tree.map(lambda a: a[order], stats))[0]
 
 
 def maximise(
