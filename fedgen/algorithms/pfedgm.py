@@ -91,7 +91,7 @@ def pfedgm(
       separation: Weight of the mean distance between anchors, capped, per feature.
       prior_in_training: Add the client's log class frequencies to training logits.
       alternate: Train first the navigator alone, then the extractor alone, each for
-        the whole schedule.
+        the whole schedule: twice the local steps.
       gain: Between-client covariance B by moments, "scalar", "diagonal" or "full";
         or the limits "global" (K = 0) and "local" (K = 1).
       process_noise: Variance that class means gain in a round, in units of Sigma;
@@ -118,6 +118,8 @@ def pfedgm(
     _check_range("covariance_strength", covariance_strength)
     _check_range("prior_concentration", prior_concentration, above=True)
     _check_range("temperature", temperature, above=True)
+    if alternate and navigator == "frozen":
+        raise ValueError("alternate must be false with the frozen navigator")
     if separation and navigator in ("linear", "frozen"):
         raise ValueError(
             f"separation must be 0 with the {navigator} navigator, which has no "

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +85,7 @@ def compare(
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"algorithms must be different names, got {list(names)}")
     methods = [_parse(name) for name in names]
-    _check_grid({method.algorithm for method in methods}, grid)
+    _check_grid(methods, grid)
     candidates = [list(_candidates(base, method, grid)) for method in methods]
     if base.hyperparameters:
         raise ValueError(
@@ -103,10 +103,12 @@ def compare(
         if tried[best] is None:
             raise FloatingPointError(f"{name} diverged at every point of the grid")
         chosen, config = points[best]
-        summaries = [tried[best]] + [
-            _run(dataclasses.replace(config, seed=base.seed + i), folder, console)
-            for i in range(1, seeds)
-        ]
+        summaries = [tried[best]]
+        for seed in range(base.seed + 1, base.seed + seeds):
+            later = dataclasses.replace(config, seed=seed)
+            summaries.append(_try(later, folder, console))
+            if summaries[-1] is None:
+                raise FloatingPointError(f"{name} diverged at seed {seed}")
         rows.append(_row(name, chosen, summaries))
     return rows
 
@@ -152,9 +154,10 @@ def _parse(name: str) -> Method:
     fixed = {}
     for setting in settings:
         key, _, value = setting.partition("=")
-        if not key or not value:
+        if not key or not value or key in fixed:
             raise ValueError(
-                f"a method must be algorithm[:hyperparameter=value...], got {name!r}"
+                "a method must be algorithm[:hyperparameter=value...], each once, "
+                f"got {name!r}"
             )
         fixed[key] = value
     return Method(name, algorithm, fixed)
@@ -195,13 +198,16 @@ def _typed(key: str, value: str) -> Any:
         ) from None
 
 
-def _check_grid(names: Collection[str], grid: Grid) -> None:
+def _check_grid(methods: Sequence[Method], grid: Grid) -> None:
+    names = {method.algorithm for method in methods}
     for key in grid:
         name, _, own = key.rpartition(".")
         if name in names:
             config_lib.nearest(
                 f"hyper-parameter of {name}", own, algorithms.hyperparameters(name)
             )
+            if all(own in m.fixed for m in methods if m.algorithm == name):
+                raise ValueError(f"grid {key} varies what every {name} here fixes")
         else:
             known = [*TUNABLE, *(f"{name}." for name in sorted(names))]
             config_lib.nearest("grid name", key, known)
@@ -231,7 +237,7 @@ def _validation(summary: dict[str, Any] | None) -> float:
 def _try(
     config: Config, folder: pathlib.Path, console: rich.console.Console
 ) -> dict[str, Any] | None:
-    """Run a point of the grid; None if it diverged, which is an answer too."""
+    """Run a configuration; None if it diverged, which is an answer too."""
     record = _path(config, folder) / "diverged.txt"
     if not record.exists():
         try:
@@ -239,7 +245,12 @@ def _try(
         except FloatingPointError as error:
             record.write_text(f"{error}\n")
     reason = record.read_text().strip()
-    console.print(f"left out: {reason}", markup=False, soft_wrap=True)
+    console.print(
+        f"{config_lib.command(config)} diverged: {reason}; to try again, delete "
+        f"{record.parent}",
+        markup=False,
+        soft_wrap=True,
+    )
     return None
 
 

@@ -406,3 +406,9 @@ def test_it_beats_fedavg_under_label_skew(federation):
 def test_options_out_of_range_are_named(option, value, message):
     with pytest.raises(ValueError, match=message):
         make("pfedgm", optax.sgd(0.1), Schedule(), {option: value})
+
+
+def test_a_frozen_navigator_cannot_take_turns():
+    options = {"alternate": True, "navigator": "frozen"}
+    with pytest.raises(ValueError, match="alternate must be false"):
+        make("pfedgm", optax.sgd(0.1), Schedule(), options)

@@ -76,11 +76,14 @@ def test_a_point_that_diverged_is_left_out_and_not_run_again(
 ):
     sound = experiment.run
 
+    def diverge(folder):
+        pathlib.Path(folder).mkdir(parents=True)
+        raise FloatingPointError("round 3: loss not finite")
+
     def run_or_diverge(config, folder, **options):
         if config.learning_rate > 0.07:
-            pathlib.Path(folder).mkdir(parents=True)
             asked.append(config)
-            raise FloatingPointError("round 3: loss not finite")
+            diverge(folder)
         return sound(config, folder, **options)
 
     monkeypatch.setattr(experiment, "run", run_or_diverge)
@@ -88,6 +91,9 @@ def test_a_point_that_diverged_is_left_out_and_not_run_again(
     assert row.chosen == {"learning_rate": "0.05"}
     run(tmp_path, names=("pfedgm",), seeds=1)
     assert [config.learning_rate for config in asked] == [0.05, 0.1]
+    monkeypatch.setattr(experiment, "run", lambda config, folder, **_: diverge(folder))
+    with pytest.raises(FloatingPointError, match="pfedgm diverged at seed 1"):
+        run(tmp_path, {"learning_rate": ["0.05"]}, names=("pfedgm",), seeds=2)
     with pytest.raises(FloatingPointError, match="diverged at every point"):
         run(tmp_path, {"learning_rate": ["0.1"]}, names=("pfedgm",), seeds=1)
 
@@ -147,6 +153,11 @@ def test_clients_without_test_rows_drop_out_of_the_interval():
         ({"names": ("pfedgn",)}, "did you mean 'pfedgm'"),
         ({"names": ("pfedgm:gai=full",)}, "did you mean 'gain'"),
         ({"names": ("pfedgm:gain",)}, "a method must be"),
+        ({"names": ("pfedgm:pull=1:pull=2",)}, "a method must be"),
+        (
+            {"names": ("pfedgm:pull=1",), "grid": {"pfedgm.pull": ["1", "2"]}},
+            "grid pfedgm.pull varies what every pfedgm here fixes",
+        ),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"grid": {"learning_rat": ["1"]}}, "did you mean 'learning_rate'"),
         ({"grid": {"pfedgm.pul": ["1"]}}, "did you mean 'pull'"),
