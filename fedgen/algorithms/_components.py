@@ -159,24 +159,3 @@ def mix(
 def log_shares(proportions: jax.Array) -> jax.Array:
     """Take logarithms that are finite."""
     return jnp.log(jnp.maximum(proportions, _SMALLEST_SHARE))
-
-
-def check_at_least(low: float, **values: float) -> None:
-    """Check hyper-parameters.
-
-    Raises:
-      ValueError: If a value is below `low`, infinite or NaN.
-    """
-    for name, value in values.items():
-        if not low <= value < float("inf"):
-            raise ValueError(f"{name} must be >= {low} and finite, got {value}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Check a hyper-parameter.
-
-    Raises:
-      ValueError: If it is not one of the choices.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

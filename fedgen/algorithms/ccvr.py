@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from fedgen.aggregators import gaussian
+from fedgen.algorithms import _options
 from fedgen.algorithms import fedavg as fedavg_lib
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm, Exchange, Mean
@@ -56,12 +57,9 @@ def ccvr(
     Raises:
       ValueError: If an argument is out of range.
     """
-    if virtual_per_class < 1:
-        raise ValueError(f"virtual_per_class must be >= 1, got {virtual_per_class}")
-    if calibration_epochs < 0:
-        raise ValueError(f"calibration_epochs must be >= 0, got {calibration_epochs}")
-    if not 0 < shrinkage <= 1:
-        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
+    _options.check_at_least(1, virtual_per_class=virtual_per_class)
+    _options.check_at_least(0, calibration_epochs=calibration_epochs)
+    _options.check_share(zero=False, shrinkage=shrinkage)
     base = fedavg_lib.fedavg(optimizer, schedule)
     calibration = Schedule(schedule.batch_size, calibration_epochs)
 

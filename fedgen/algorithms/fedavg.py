@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import optax
 
+from fedgen.algorithms import _options
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm, Mean
 from fedgen.core.federation import Params
@@ -131,9 +132,7 @@ def fedyogi(
 
 
 def _check_moments(server_learning_rate, b1, b2, eps) -> None:
-    for name, value in (("server_learning_rate", server_learning_rate), ("eps", eps)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    _options.check_positive(server_learning_rate=server_learning_rate, eps=eps)
     for name, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")

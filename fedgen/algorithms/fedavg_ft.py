@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import optax
 
+from fedgen.algorithms import _options
 from fedgen.algorithms.fedavg import fedavg
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm
@@ -35,12 +36,8 @@ def fedavg_ft(
     Raises:
       ValueError: If an argument is out of range.
     """
-    if finetune_epochs < 0:
-        raise ValueError(f"finetune_epochs must be >= 0, got {finetune_epochs}")
-    if finetune_part not in PARTS:
-        raise ValueError(
-            f"finetune_part must be one of {', '.join(PARTS)}, got {finetune_part!r}"
-        )
+    _options.check_at_least(0, finetune_epochs=finetune_epochs)
+    _options.check_choice("finetune_part", finetune_part, PARTS)
     finetuning = Schedule(schedule.batch_size, finetune_epochs)
 
     def personalise(context, key, client, params, data):

@@ -24,7 +24,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from fedgen.algorithms import _components
+from fedgen.algorithms import _components, _options
 from fedgen.core import tree
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.fit import Schedule
@@ -53,9 +53,9 @@ def fedem(
     Raises:
       ValueError: If an argument is out of range.
     """
-    _components.check_at_least(1, num_components=num_components)
-    _components.check_at_least(0, adapt_steps=adapt_steps)
-    _components.check_choice("weighting", weighting, WEIGHTINGS)
+    _options.check_at_least(1, num_components=num_components)
+    _options.check_at_least(0, adapt_steps=adapt_steps)
+    _options.check_choice("weighting", weighting, WEIGHTINGS)
     uniform = jnp.full(num_components, 1 / num_components, jnp.float32)
 
     def init(key, federation):

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 
 from fedgen.aggregators import mixture
-from fedgen.algorithms import _components, _input_gaussians
+from fedgen.algorithms import _components, _input_gaussians, _options
 from fedgen.algorithms._input_gaussians import Embedding, Gaussians
 from fedgen.core import fit, tree
 from fedgen.core.algorithm import Algorithm
@@ -99,11 +99,10 @@ def fedgmm(
       ValueError: If an argument is out of range.
     """
     counts = {"num_gaussians": num_gaussians, "num_predictors": num_predictors}
-    _components.check_choice("mode", mode, MODES)
-    _components.check_at_least(1, **counts, dim=dim)
-    _components.check_at_least(0, strength=strength, adapt_steps=adapt_steps)
-    if not 0 <= shrinkage <= 1:
-        raise ValueError(f"shrinkage must be in [0, 1], got {shrinkage}")
+    _options.check_choice("mode", mode, MODES)
+    _options.check_at_least(1, **counts, dim=dim)
+    _options.check_at_least(0, strength=strength, adapt_steps=adapt_steps)
+    _options.check_share(shrinkage=shrinkage)
     exact = mode == "exact"
     if not exact:
         strength = shrinkage = 0.0

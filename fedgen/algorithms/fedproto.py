@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedgen.algorithms import _statistics
+from fedgen.algorithms import _options, _statistics
 from fedgen.core import fit, tree
 from fedgen.core.algorithm import Algorithm, Mean
 from fedgen.core.fit import Schedule
@@ -54,16 +54,9 @@ def fedproto(
     Raises:
       ValueError: If an argument is out of range.
     """
-    if not 0 <= pull < float("inf"):
-        raise ValueError(f"pull must be >= 0 and finite, got {pull}")
-    for name, value, choices in (
-        ("weighting", weighting, WEIGHTINGS),
-        ("predict_by", predict_by, PREDICTORS),
-    ):
-        if value not in choices:
-            raise ValueError(
-                f"{name} must be one of {', '.join(choices)}, got {value!r}"
-            )
+    _options.check_at_least(0, pull=pull)
+    _options.check_choice("weighting", weighting, WEIGHTINGS)
+    _options.check_choice("predict_by", predict_by, PREDICTORS)
 
     def init(key, federation):
         models = [cohort.model for cohort in federation.cohorts]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax
 import optax
 
+from fedgen.algorithms import _options
 from fedgen.algorithms.fedavg import fedavg
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.fit import Schedule
@@ -33,8 +34,7 @@ def fedprox(
     Raises:
       ValueError: If `mu` is negative.
     """
-    if not 0 <= mu < float("inf"):
-        raise ValueError(f"mu must be >= 0 and finite, got {mu}")
+    _options.check_at_least(0, mu=mu)
 
     def proximal(params, global_params):
         gap = jax.tree.map(lambda w, w_t: w - w_t, params, global_params)

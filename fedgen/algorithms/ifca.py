@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedgen.algorithms import _components
+from fedgen.algorithms import _components, _options
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.fit import Schedule
@@ -46,8 +46,8 @@ def ifca(
     Raises:
       ValueError: If an argument is out of range.
     """
-    _components.check_at_least(1, num_components=num_components)
-    _components.check_choice("averaging", averaging, AVERAGINGS)
+    _options.check_at_least(1, num_components=num_components)
+    _options.check_choice("averaging", averaging, AVERAGINGS)
 
     def init(key, federation):
         model = federation.only_model("IFCA")

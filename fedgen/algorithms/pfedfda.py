@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from fedgen.aggregators import gaussian
-from fedgen.algorithms import _statistics
+from fedgen.algorithms import _options, _statistics
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm, Exchange, Mean
 from fedgen.core.federation import Params
@@ -74,12 +74,9 @@ def pfedfda(
     Raises:
       ValueError: If an argument is out of range.
     """
-    if not 0 < shrinkage <= 1:
-        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
-    if not 0 < prior_floor < float("inf"):
-        raise ValueError(f"prior_floor must be > 0 and finite, got {prior_floor}")
-    if grid < 2:
-        raise ValueError(f"grid must be >= 2, got {grid}")
+    _options.check_share(zero=False, shrinkage=shrinkage)
+    _options.check_positive(prior_floor=prior_floor)
+    _options.check_at_least(2, grid=grid)
     ticks = jnp.linspace(0.0, 1.0, grid)
     pairs = (ticks, ticks) if single_beta else jnp.meshgrid(ticks, ticks, indexing="ij")
     shares = jnp.stack(pairs, axis=-1).reshape(-1, 2)  # [g, 2] (b_m, b_c)

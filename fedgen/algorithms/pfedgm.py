@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedgen.algorithms import _gaussian_head, _statistics
+from fedgen.algorithms import _gaussian_head, _options, _statistics
 from fedgen.algorithms._gaussian_head import GAINS, INFERENCES, Belief
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm, Exchange, Mean
@@ -105,19 +105,22 @@ def pfedgm(
     Raises:
       ValueError: If an argument is out of range.
     """
-    _check_choice("navigator", navigator, NAVIGATORS)
-    _check_choice("pull_metric", pull_metric, METRICS)
-    _check_choice("gain", gain, GAINS)
-    _check_choice("inference", inference, INFERENCES)
-    _check_range("resampling", resampling, high=1.0)
-    _check_range("shrinkage", shrinkage, high=1.0)
-    _check_range("pull", pull)
-    _check_range("generator", generator)
-    _check_range("separation", separation)
-    _check_range("process_noise", process_noise)
-    _check_range("covariance_strength", covariance_strength)
-    _check_range("prior_concentration", prior_concentration, above=True)
-    _check_range("temperature", temperature, above=True)
+    _options.check_choice("navigator", navigator, NAVIGATORS)
+    _options.check_choice("pull_metric", pull_metric, METRICS)
+    _options.check_choice("gain", gain, GAINS)
+    _options.check_choice("inference", inference, INFERENCES)
+    _options.check_share(resampling=resampling, shrinkage=shrinkage)
+    _options.check_at_least(0, pull=pull, generator=generator, separation=separation)
+    # Their limits: a belief that forgets at once, a covariance that never becomes own.
+    _options.check_at_least(
+        0,
+        infinite=True,
+        process_noise=process_noise,
+        covariance_strength=covariance_strength,
+    )
+    _options.check_positive(
+        prior_concentration=prior_concentration, temperature=temperature
+    )
     if alternate and navigator == "frozen":
         raise ValueError("alternate must be false with the frozen navigator")
     if separation and navigator in ("linear", "frozen"):
@@ -312,16 +315,3 @@ def _mean_distance(anchors: jax.Array, cap: float = 4.0) -> jax.Array:
     c, d = anchors.shape
     gap = jnp.sum((anchors[:, None] - anchors[None]) ** 2, axis=-1) / d
     return jnp.sum(jnp.minimum(gap, cap)) / (c * max(c - 1, 1))
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_range(
-    name: str, value: float, *, high: float = math.inf, above: bool = False
-) -> None:
-    if not (0 < value < math.inf if above else 0 <= value <= high):
-        wanted = "> 0 and finite" if above else f"in [0, {high}]"
-        raise ValueError(f"{name} must be {wanted}, got {value}")

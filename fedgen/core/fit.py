@@ -90,13 +90,14 @@ def shuffled(
             column = (column + _mix(row ^ tweak, salts[i + 1])) % columns
         return row * columns + column
 
-    def outside(cell):
-        return jnp.any(cell >= size.astype(jnp.uint32))
+    def walk(carry):
+        cell, inside = carry
+        cell = jnp.where(inside, cell, network(cell))
+        return cell, cell < size.astype(jnp.uint32)
 
-    def walk(cell):
-        return jnp.where(cell >= size.astype(jnp.uint32), network(cell), cell)
-
-    cell = jax.lax.while_loop(outside, walk, network(index.astype(jnp.uint32)))
+    # All walk at least once. To begin inside the loop has the network compiled once.
+    start = (index.astype(jnp.uint32), jnp.zeros(index.shape, bool))
+    cell, _ = jax.lax.while_loop(lambda carry: ~jnp.all(carry[1]), walk, start)
     return cell.astype(jnp.int32)
 
 

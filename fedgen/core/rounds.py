@@ -58,7 +58,25 @@ class Traffic(NamedTuple):
     up: int
 
 
+InitFn = Callable[[jax.Array, Federation], State]
 RoundFn = Callable[[State, Federation, jax.Array], tuple[State, Report]]
+
+
+def make_init(algorithm: Algorithm, execution: Execution = Execution()) -> InitFn:
+    """Build the jitted `(key, federation) -> State` of a first round.
+
+    Under jit no two leaves share a buffer; donation needs that. Equal keys give
+    equal initial weights to all algorithms. With a mesh, clients are created on the
+    devices that hold them. Tracing it raises a ValueError if the client state is not
+    one tree per cohort, leaves `[n, ...]`.
+    """
+
+    def init(key, federation):
+        server, clients = algorithm.init(key, federation)
+        _check_clients(federation, clients)
+        return State(jnp.zeros((), jnp.int32), server, clients)
+
+    return jax.jit(init, out_shardings=execution_lib.state_shardings(execution.mesh))
 
 
 def init_state(
@@ -67,22 +85,12 @@ def init_state(
     key: jax.Array,
     execution: Execution = Execution(),
 ) -> State:
-    """Initialise under jit, where no two leaves share a buffer (donation needs that).
-
-    Equal keys give equal initial weights to all algorithms. With a mesh, clients
-    are created on the devices that hold them.
+    """Initialise by `make_init`.
 
     Raises:
       ValueError: If the client state is not one tree per cohort, leaves `[n, ...]`.
     """
-
-    def init(key, federation):
-        server, clients = algorithm.init(key, federation)
-        return State(jnp.zeros((), jnp.int32), server, clients)
-
-    _check_clients(federation, jax.eval_shape(init, key, federation).clients)
-    shardings = execution_lib.state_shardings(execution.mesh)
-    return jax.jit(init, out_shardings=shardings)(key, federation)
+    return make_init(algorithm, execution)(key, federation)
 
 
 def _check_clients(federation: Federation, clients: tuple[PyTree, ...]) -> None:
@@ -131,7 +139,7 @@ def make_round(algorithm: Algorithm, sampler: Sampler, execution: Execution) -> 
                     execution.mesh,
                     whole=range(6),
                 )
-                clients[k], upload, local_metrics, work = run(
+                clients[k], sent, work = run(
                     server,
                     federation.pool,
                     federation.public,
@@ -142,11 +150,12 @@ def make_round(algorithm: Algorithm, sampler: Sampler, execution: Execution) -> 
                     cohort.train,
                     clients[k],
                 )
-                uploads.append(upload._replace(message=_finish(upload.message)))
+                message, averages = _finish(sent.message)
+                uploads.append(sent._replace(message=message))
                 works.append(work)
                 prefix = "" if len(federation.cohorts) == 1 else f"cohort{k}/"
-                for name, value in local_metrics.items():
-                    metrics[prefix + name] = tree.weighted_mean(value, upload.weight)
+                for name, value in averages.value.items():
+                    metrics[prefix + name] = value
             server, server_metrics = exchange.aggregate(
                 contexts, server_key, server, tuple(uploads)
             )
@@ -186,11 +195,12 @@ def _visit(
     ids: jax.Array,
     rows: PyTree,
     clients: PyTree,
-) -> tuple[PyTree, Uploads, Metrics, _Work]:
+) -> tuple[PyTree, Uploads, _Work]:
     """Run one exchange with the clients that this device holds.
 
     Chunk after chunk of them is gathered, does its work and is scattered back, so
-    only one chunk's states are ever held twice.
+    only one chunk's states are ever held twice. Metrics are sent with the message,
+    as averages that the engine takes.
     """
     context = Context(model, num_classes, public)
     n = ids.shape[0]
@@ -208,13 +218,16 @@ def _visit(
     slot = jnp.where(mask, jnp.pad(slot[ranked], (0, extra)), n)
     work = jnp.where(mask, jnp.pad(drawn.work[ranked], (0, extra)), 0.0)
 
+    @functools.partial(jax.jit, inline=True)  # traced once for its shapes and its use
     def visit(id_, start, size, work, client):
         data = Data(pool, order, start, size, work)
         message = exchange.download(context, server, id_)
         client, upload, metrics = exchange.local(
             context, jax.random.fold_in(key, id_), client, message, data
         )
-        return client, upload, metrics, tree.all_finite((client, upload, metrics))
+        steps = metrics.pop("steps")
+        sent = upload, Mean(metrics, size.astype(jnp.float32))
+        return client, sent, steps, tree.all_finite((client, sent))
 
     def visit_chunk(carry, drawn):
         clients, sums = carry
@@ -223,22 +236,17 @@ def _visit(
             lambda a: a.at[slot].get(mode="clip"), (ids, rows, clients)
         )
         size = jnp.where(mask, held.size, 0)
-        new, message, metrics, finite = execution_lib.over_clients(visit, chunk)(
+        new, sent, steps, finite = execution_lib.over_clients(visit, chunk)(
             id_, held.start, size, work, old
         )
-        steps = metrics.pop("steps")
         # Whoever is absent, or failed, keeps its state and weighs nothing.
         counted = mask & finite
         new = tree.where(counted, new, old)
         clients = jax.tree.map(
             lambda a, b: a.at[slot].set(b, mode="drop"), clients, new
         )
-        message, metrics = tree.where(
-            counted,
-            (message, metrics),
-            jax.tree.map(jnp.zeros_like, (message, metrics)),
-        )
-        means, message = _split(message)
+        sent = tree.where(counted, sent, jax.tree.map(jnp.zeros_like, sent))
+        means, rest = _split(sent)
         # One client after another, whatever the chunk: sums must not depend on it.
         sums, _ = jax.lax.scan(
             lambda sums, one: (_add(sums, one), None), sums, means, length=chunk
@@ -246,31 +254,31 @@ def _visit(
         upload = Uploads(
             jnp.where(mask, id_, -1),
             jnp.where(counted, held.size, 0).astype(jnp.float32),
-            message,
+            rest,
         )
         failed = jnp.where(mask & ~finite, id_, -1)
-        return (clients, sums), (upload, metrics, counted, steps, failed)
+        return (clients, sums), (upload, counted, steps, failed)
 
     one = (ids, rows.start, rows.size, work, clients)
-    message = jax.eval_shape(visit, *jax.tree.map(lambda a: a[0], one))[1]
+    like = jax.eval_shape(visit, *jax.tree.map(lambda a: a[0], one))[1]
     sums = jax.tree.map(
         lambda a: jnp.zeros(a.shape, jnp.result_type(a.dtype, jnp.float32)),
-        _split(message)[0],
+        _split(like)[0],
     )
     (clients, sums), visited = jax.lax.scan(
         visit_chunk,
         (clients, sums),
         jax.tree.map(lambda a: a.reshape(-1, chunk), (slot, mask, work)),
     )
-    executed = chunk * jnp.max(visited[3], axis=1)
+    executed = chunk * jnp.max(visited[2], axis=1)
     # The filling of the last chunk goes, or shapes would depend on the chunk.
-    upload, metrics, counted, steps, failed = jax.tree.map(
+    upload, counted, steps, failed = jax.tree.map(
         lambda a: a.reshape(-1, *a.shape[2:])[:kept], visited
     )
     # A device's sums get an axis, over which `_finish` adds the devices up.
     sums = jax.tree.map(lambda a: a[None], sums)
-    upload = upload._replace(message=_join(message, sums, upload.message))
-    return clients, upload, metrics, _Work(counted, steps, executed, failed)
+    upload = upload._replace(message=_join(like, sums, upload.message))
+    return clients, upload, _Work(counted, steps, executed, failed)
 
 
 def _is_mean(node: PyTree) -> bool:

@@ -29,6 +29,7 @@ def make_block(
       `(state, federation, key, rounds [] int32) -> (state, reports [length, ...])`.
     """
     shardings = state_shardings(execution.mesh)
+    round_fn = jax.jit(round_fn, inline=True)  # traced once for its shapes and its use
 
     @functools.partial(
         jax.jit, donate_argnums=0, out_shardings=shardings and (shardings, None)

@@ -34,18 +34,6 @@ def all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
 
 
-def weighted_mean(tree: PyTree, weight: jax.Array) -> PyTree:
-    """Average over the leading axis, `[m, ...] -> [...]`; 0 if all weights are 0.
-
-    Args:
-      tree: Leaves `[m, ...]`.
-      weight: `[m]`, non-negative.
-    """
-    total = jnp.sum(weight)
-    share = weight / jnp.where(total > 0, total, 1.0)
-    return jax.tree.map(lambda a: jnp.tensordot(share.astype(a.dtype), a, axes=1), tree)
-
-
 def broadcast(tree: PyTree, n: int) -> PyTree:
     """Repeat one client's tree for `n` clients, `[...] -> [n, ...]`."""
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *a.shape)), tree)

@@ -67,7 +67,7 @@ class Config:
     stragglers: float = _flag(
         0.0, "Chance that a drawn client finishes only part of its steps, [0, 1)."
     )
-    rounds: int = _flag(12, "Communication rounds.")
+    rounds: int = _flag(8, "Communication rounds.")
     local_epochs: int = _flag(1, "Passes over a client's data in a round.")
     local_steps: int = _flag(
         0, "If above 0, that many steps for every client instead of --local_epochs."
@@ -82,8 +82,8 @@ class Config:
         "make one cohort each.",
     )
     seed: int = _flag(0, "Seed of the data, the weights and the training.")
-    eval_every: int = _flag(3, "Rounds between evaluations.")
-    checkpoint_every: int = _flag(3, "Rounds between checkpoints; 0 writes none.")
+    eval_every: int = _flag(2, "Rounds between evaluations.")
+    checkpoint_every: int = _flag(2, "Rounds between checkpoints; 0 writes none.")
     chunk: int = _flag(0, "Clients trained at once on a device; 0 suits the platform.")
     devices: int = _flag(
         0, "Devices that share the clients; 0 takes all (on a CPU, one per core)."

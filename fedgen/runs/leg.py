@@ -21,6 +21,7 @@ import tensorboardX
 from jax.sharding import SingleDeviceSharding
 
 from fedgen.core import evaluate as evaluate_lib
+from fedgen.core import execution as execution_lib
 from fedgen.core import rounds, simulate
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.checkpoint import Checkpoints
@@ -65,23 +66,22 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
     federation, execution = setup.federation, setup.execution
     init_key, round_key, _ = run_keys(config.seed)
     start = time.perf_counter()
-    init = functools.partial(
-        rounds.init_state, algorithm, federation, init_key, execution
-    )
-    like = _place(jax.eval_shape(init), execution)
+    init = rounds.make_init(algorithm, execution)
+    like = _place(jax.eval_shape(init, init_key, federation), execution)
     round_fn = rounds.make_round(algorithm, setup.sampler, execution)
     length = math.gcd(config.eval_every, config.checkpoint_every or config.eval_every)
     length = min(length, config.rounds)
     block = simulate.make_block(round_fn, length, execution)
-    block = block.lower(like, federation, round_key, jnp.int32(length)).compile()
+    block = execution_lib.compile(block, like, federation, round_key, jnp.int32(length))
     check_memory(name, block, execution.num_devices)
     evaluate = jax.jit(evaluate_lib.make_evaluate(algorithm, execution))
-    evaluate = evaluate.lower(like, federation, round_key).compile()
+    evaluate = execution_lib.compile(evaluate, like, federation, round_key)
     check_memory(name, evaluate, execution.num_devices)
+    init = execution_lib.compile(init, init_key, federation, once=True)
     return Leg(
         name,
         algorithm,
-        init,
+        functools.partial(init, init_key, federation),
         like,
         block,
         evaluate,
@@ -356,8 +356,11 @@ def _newcomers(leg: Leg, setup: Setup, state: State, seed: int) -> dict[str, Any
     # Unseen clients live on one device, and see nothing of the others' states.
     local = State(*jax.device_get((state.round, state.server)), ())
     adapt = jax.jit(evaluate_lib.make_adapt(leg.algorithm, execution))
+    adapted = execution_lib.compile(adapt, local, setup.newcomers, key)(
+        local, setup.newcomers, key
+    )
     evaluate = jax.jit(evaluate_lib.make_evaluate(leg.algorithm, execution))
-    adapted = adapt(local, setup.newcomers, key)
+    evaluate = execution_lib.compile(evaluate, adapted, setup.newcomers, key)
     test = jax.device_get(evaluate(adapted, setup.newcomers, key)).test
     return {"personal_accuracy": spread(accuracy(test))}
 

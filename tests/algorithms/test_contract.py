@@ -27,7 +27,8 @@ from fedgen.core.fit import Schedule
 from fedgen.core.participation import Participants
 from fedgen.core.rounds import Report
 
-SIZES = (7, 12, 3, 5, 9, 1, 6, 10, 0)
+# The first leaves in some tests: as the smallest, so that nobody else moves up.
+SIZES = (1, 12, 3, 5, 9, 7, 6, 10, 0)
 UNDRAWN, DROPPED, EMPTY = 3, 4, 8
 KEY, INIT_KEY = jax.random.key(7), jax.random.key(11)
 ROUNDS = 3
@@ -231,7 +232,7 @@ def test_the_chunk_changes_only_roundings(case, chunk):
     copied = jax.tree.map(jnp.copy, case.start)
     end, reports = block(copied, case.federation, KEY, jnp.int32(ROUNDS))
     # The compiler orders the sums of a matrix product by its shape, so not bit for bit.
-    chex.assert_trees_all_close(end, case.end, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(end, case.end, rtol=1e-5, atol=5e-6)
     chex.assert_trees_all_equal(
         (reports.participants, reports.steps),
         (case.reports.participants, case.reports.steps),
@@ -328,8 +329,7 @@ def test_a_client_with_nan_counts_as_absent(case):
     end, reports = case.run(federation)
     expected, others = case.run(without(case.federation, 0))
     chex.assert_trees_all_equal(end, expected)
-    # Means of metrics are vector sums, whose order depends on where the zeros are.
-    assert_close(reports.metrics, others.metrics)
+    chex.assert_trees_all_equal(reports.metrics, others.metrics)
     chex.assert_trees_all_equal(reports.participants, others.participants)
     assert np.all(np.any(np.asarray(reports.failed) == 0, axis=1))
     assert set(np.unique(reports.failed)) == {-1, 0}

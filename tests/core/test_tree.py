@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,20 +37,6 @@ def test_all_finite(bad):
     assert bool(tree.all_finite(()))
     spoiled = {**TREE, "a": TREE["a"].at[1, 0, 2].set(bad)}
     assert not bool(tree.all_finite(spoiled))
-
-
-def test_weighted_mean():
-    weight = jnp.array([1.0, 0.0, 2.5, 4.0])
-    expected = jax.tree.map(
-        lambda a: np.average(np.asarray(a, np.float64), axis=0, weights=weight), TREE
-    )
-    chex.assert_trees_all_close(tree.weighted_mean(TREE, weight), expected, rtol=1e-5)
-
-
-def test_weighted_mean_of_nobody():
-    nothing = jnp.zeros(4)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape[1:]), TREE)
-    chex.assert_trees_all_equal(tree.weighted_mean(TREE, nothing), zeros)
 
 
 def test_broadcast():

@@ -184,7 +184,7 @@ BAD = [
     (
         "--workdir={world}/other --resume --alpha=0.3 --rounds=9 --set=pull=0",
         "cannot resume",
-        "--rounds was 12, is 9",
+        "--rounds was 8, is 9",
         "--set was empty, is pull=0",
     ),
     ("--workdir={world}/other --alpha=0.3", "already holds this run", "--resume"),

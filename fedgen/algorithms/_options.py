@@ -1,0 +1,51 @@
+"""Checks of the hyper-parameters that algorithms are built with."""
+
+from __future__ import annotations
+
+import math
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check a hyper-parameter.
+
+    Raises:
+      ValueError: If it is not one of the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_at_least(low: float, *, infinite: bool = False, **values: float) -> None:
+    """Check hyper-parameters.
+
+    Raises:
+      ValueError: If a value is below `low` or NaN, or infinite where that has no
+        meaning.
+    """
+    for name, value in values.items():
+        if not low <= value <= math.inf or math.isinf(value) and not infinite:
+            wanted = f">= {low}" if infinite else f">= {low} and finite"
+            raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def check_positive(**values: float) -> None:
+    """Check hyper-parameters.
+
+    Raises:
+      ValueError: If a value is not positive, infinite or NaN.
+    """
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+
+
+def check_share(*, zero: bool = True, **values: float) -> None:
+    """Check hyper-parameters.
+
+    Raises:
+      ValueError: If a value lies outside [0, 1], or is 0 where `zero` is not allowed.
+    """
+    for name, value in values.items():
+        if not 0 <= value <= 1 or not (zero or value):
+            wanted = "[0, 1]" if zero else "(0, 1]"
+            raise ValueError(f"{name} must be in {wanted}, got {value}")
