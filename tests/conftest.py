@@ -18,11 +18,6 @@ import pytest
 from fedgen.core.federation import Cohort, Federation, Model, Pool, Rows
 
 os.environ["MPLBACKEND"] = "Agg"
-# Halves the time to compile, which is most of the suite's. XLA aborts if it does not
-# know a flag, so only releases that are known to know it get it.
-if jax.__version_info__ < (0, 11):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 # Whatever the environment says, since comparisons are exact.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
@@ -30,8 +25,14 @@ jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 # The suite compiles far longer than it computes. What runs in a process of its own,
-# the command line and the notebooks, is optimised as for users.
+# the command line and the notebooks, is optimised as for users. XLA reads flags once,
+# and aborts if it does not know one, so only releases that have this one get it.
 jax.config.update("jax_disable_most_optimizations", True)
+if jax.__version_info__ < (0, 11):
+    with pytest.MonkeyPatch.context() as patch:
+        flags = os.environ.get("XLA_FLAGS", "")
+        patch.setenv("XLA_FLAGS", f"{flags} --xla_cpu_use_fusion_emitters=false")
+        jax.devices()
 
 WARNINGS_AS_ERRORS = (
     "error:Some donated buffers were not usable:UserWarning",

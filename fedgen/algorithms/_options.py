@@ -6,7 +6,7 @@ import math
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Check a hyper-parameter.
+    """Require one of the choices.
 
     Raises:
       ValueError: If it is not one of the choices.
@@ -16,20 +16,20 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_at_least(low: float, *, infinite: bool = False, **values: float) -> None:
-    """Check hyper-parameters.
+    """Require values of at least `low`.
 
     Raises:
       ValueError: If a value is below `low` or NaN, or infinite where that has no
         meaning.
     """
     for name, value in values.items():
-        if not low <= value <= math.inf or math.isinf(value) and not infinite:
+        if not value >= low or (value == math.inf and not infinite):
             wanted = f">= {low}" if infinite else f">= {low} and finite"
             raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def check_positive(**values: float) -> None:
-    """Check hyper-parameters.
+    """Require values above 0.
 
     Raises:
       ValueError: If a value is not positive, infinite or NaN.
@@ -40,7 +40,7 @@ def check_positive(**values: float) -> None:
 
 
 def check_share(*, zero: bool = True, **values: float) -> None:
-    """Check hyper-parameters.
+    """Require values between 0 and 1.
 
     Raises:
       ValueError: If a value lies outside [0, 1], or is 0 where `zero` is not allowed.

@@ -111,7 +111,7 @@ def pfedgm(
     _options.check_choice("inference", inference, INFERENCES)
     _options.check_share(resampling=resampling, shrinkage=shrinkage)
     _options.check_at_least(0, pull=pull, generator=generator, separation=separation)
-    # Their limits: a belief that forgets at once, a covariance that never becomes own.
+    # Infinite, a belief forgets at once and a covariance stays the global one.
     _options.check_at_least(
         0,
         infinite=True,

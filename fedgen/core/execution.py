@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,38 +52,6 @@ def use_cores() -> None:
     # Not every system can tell which cores a process may use.
     mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     jax.config.update("jax_num_cpu_devices", len(mine))
-
-
-def compile(fn: Callable, *args: Any, once: bool = False) -> Callable:
-    """Compile a jitted function for arguments, or shapes of them, ahead of a call.
-
-    Args:
-      fn: What `jax.jit` returned.
-      *args: Its arguments.
-      once: Whether it is called but once, so that optimising it is not worth while.
-    """
-    options = _compiler_options()
-    if once and options:
-        options = {**options, "xla_backend_optimization_level": 0}
-    return fn.lower(*args).compile(compiler_options=options)
-
-
-@functools.cache
-def _compiler_options() -> dict[str, bool]:
-    """Return what compiles fastest and runs as fast as any.
-
-    XLA's newer CPU fusion emitters take up to twice the time over programs like
-    these, which spend theirs in matrix products and loops. An option of one compiler,
-    unknown to the next, is left out.
-    """
-    options = {"xla_cpu_use_fusion_emitters": False}
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0).lower().compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
 
 
 def make_mesh(num_devices: int) -> Mesh | None:

@@ -95,7 +95,7 @@ def shuffled(
         cell = jnp.where(inside, cell, network(cell))
         return cell, cell < size.astype(jnp.uint32)
 
-    # All walk at least once. To begin inside the loop has the network compiled once.
+    # Nobody is inside at first, so that the network is compiled but once.
     start = (index.astype(jnp.uint32), jnp.zeros(index.shape, bool))
     cell, _ = jax.lax.while_loop(lambda carry: ~jnp.all(carry[1]), walk, start)
     return cell.astype(jnp.int32)

@@ -1,8 +1,8 @@
 """One communication round: who takes part, what they do, what the server makes of it.
 
 `make_round` owns gather, chunks, devices, masks, scatter and keys, so that no
-algorithm has to. Keys are functions of (seed, round, client id) alone: chunk size,
-block length and resumption never change a result.
+algorithm has to. Keys are functions of (seed, round, client id) alone: block
+length and resumption never change a bit, chunk and devices only how sums are rounded.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def _check_clients(federation: Federation, clients: tuple[PyTree, ...]) -> None:
         )
     for cohort, stacked in zip(federation.cohorts, clients, strict=True):
         for leaf in jax.tree.leaves(stacked):
-            if leaf.shape[:1] != (cohort.num_clients,):
+            if jnp.shape(leaf)[:1] != (cohort.num_clients,):
                 raise ValueError(
                     f"client state must have a leading axis of {cohort.num_clients} "
-                    f"clients, got shape {leaf.shape}"
+                    f"clients, got shape {jnp.shape(leaf)}"
                 )
 
 
@@ -225,9 +225,9 @@ def _visit(
         client, upload, metrics = exchange.local(
             context, jax.random.fold_in(key, id_), client, message, data
         )
-        steps = metrics.pop("steps")
-        sent = upload, Mean(metrics, size.astype(jnp.float32))
-        return client, sent, steps, tree.all_finite((client, sent))
+        averages = {k: v for k, v in metrics.items() if k != "steps"}
+        sent = upload, Mean(averages, size.astype(jnp.float32))
+        return client, sent, metrics["steps"], tree.all_finite((client, sent))
 
     def visit_chunk(carry, drawn):
         clients, sums = carry

@@ -21,10 +21,10 @@ import tensorboardX
 from jax.sharding import SingleDeviceSharding
 
 from fedgen.core import evaluate as evaluate_lib
-from fedgen.core import execution as execution_lib
 from fedgen.core import rounds, simulate
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.checkpoint import Checkpoints
+from fedgen.core.compiling import compile_quickly
 from fedgen.core.evaluate import Evaluation, Scores
 from fedgen.core.execution import Execution, state_shardings
 from fedgen.core.rounds import Report, Traffic
@@ -72,12 +72,12 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
     length = math.gcd(config.eval_every, config.checkpoint_every or config.eval_every)
     length = min(length, config.rounds)
     block = simulate.make_block(round_fn, length, execution)
-    block = execution_lib.compile(block, like, federation, round_key, jnp.int32(length))
+    block = block.lower(like, federation, round_key, jnp.int32(length)).compile()
     check_memory(name, block, execution.num_devices)
     evaluate = jax.jit(evaluate_lib.make_evaluate(algorithm, execution))
-    evaluate = execution_lib.compile(evaluate, like, federation, round_key)
+    evaluate = compile_quickly(evaluate, like, federation, round_key)
     check_memory(name, evaluate, execution.num_devices)
-    init = execution_lib.compile(init, init_key, federation, once=True)
+    init = compile_quickly(init, init_key, federation)
     return Leg(
         name,
         algorithm,
@@ -356,11 +356,11 @@ def _newcomers(leg: Leg, setup: Setup, state: State, seed: int) -> dict[str, Any
     # Unseen clients live on one device, and see nothing of the others' states.
     local = State(*jax.device_get((state.round, state.server)), ())
     adapt = jax.jit(evaluate_lib.make_adapt(leg.algorithm, execution))
-    adapted = execution_lib.compile(adapt, local, setup.newcomers, key)(
+    adapted = compile_quickly(adapt, local, setup.newcomers, key)(
         local, setup.newcomers, key
     )
     evaluate = jax.jit(evaluate_lib.make_evaluate(leg.algorithm, execution))
-    evaluate = execution_lib.compile(evaluate, adapted, setup.newcomers, key)
+    evaluate = compile_quickly(evaluate, adapted, setup.newcomers, key)
     test = jax.device_get(evaluate(adapted, setup.newcomers, key)).test
     return {"personal_accuracy": spread(accuracy(test))}
 

@@ -27,7 +27,8 @@ from fedgen.core.fit import Schedule
 from fedgen.core.participation import Participants
 from fedgen.core.rounds import Report
 
-# The first leaves in some tests: as the smallest, so that nobody else moves up.
+# The first leaves in some tests. As the smallest it does so without moving others to
+# another place in their chunk, which would round differently.
 SIZES = (1, 12, 3, 5, 9, 7, 6, 10, 0)
 UNDRAWN, DROPPED, EMPTY = 3, 4, 8
 KEY, INIT_KEY = jax.random.key(7), jax.random.key(11)

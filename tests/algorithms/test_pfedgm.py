@@ -394,6 +394,8 @@ def test_it_beats_fedavg_under_label_skew(federation):
         ("pull_metric", "city", "pull_metric must be one of"),
         ("inference", "guess", "inference must be one of"),
         ("pull", -1.0, "pull must be"),
+        ("pull", float("inf"), "pull must be >= 0 and finite"),
+        ("separation", float("nan"), "separation must be >= 0 and finite"),
         ("resampling", 1.5, "resampling must be"),
         ("covariance_strength", -1.0, "covariance_strength must be"),
         ("shrinkage", 2.0, "shrinkage must be"),
@@ -401,6 +403,7 @@ def test_it_beats_fedavg_under_label_skew(federation):
         ("temperature", 0.0, "temperature must be"),
         ("generator", -1.0, "generator must be"),
         ("process_noise", -1.0, "process_noise must be"),
+        ("process_noise", float("nan"), "process_noise must be >= 0, got nan"),
     ],
 )
 def test_options_out_of_range_are_named(option, value, message):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from fedgen.algorithms.fedavg import fedavg
-from fedgen.core import participation, rounds
+from fedgen.core import participation, rounds, simulate
 from fedgen.core.algorithm import Algorithm, Exchange, Mean, State
 from fedgen.core.execution import Execution, make_mesh, place
 from fedgen.core.fit import Schedule
@@ -267,17 +267,22 @@ def test_a_sweep_over_seeds_equals_its_runs(federation):
         chex.assert_trees_all_close(found, alone(keys[i]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_init_state_refuses_client_state_of_the_wrong_length(federation, devices):
+@pytest.mark.parametrize(
+    ("devices", "clients", "shape"),
+    [(1, jnp.zeros(3), r"\(3,\)"), (2, jnp.zeros(3), r"\(3,\)"), (1, 0.0, r"\(\)")],
+)
+def test_init_state_refuses_client_state_of_the_wrong_length(
+    federation, devices, clients, shape
+):
     mesh = make_mesh(devices)
     placed = place(federation, mesh)
     n = placed.cohorts[0].num_clients
     algorithm = recorder()
 
     def init(key, federation):
-        return algorithm.init(key, federation)[0], (jnp.zeros(3),)
+        return algorithm.init(key, federation)[0], (clients,)
 
-    with pytest.raises(ValueError, match=rf"leading axis of {n} clients.*\(3,\)"):
+    with pytest.raises(ValueError, match=rf"leading axis of {n} clients.*{shape}"):
         rounds.init_state(
             algorithm._replace(init=init), placed, KEY, Execution(None, mesh)
         )
@@ -327,3 +332,25 @@ def test_the_order_of_the_draw_does_not_matter(federation):
 
     straight = run(recorder(), federation, participation.full())
     chex.assert_trees_all_equal(run(recorder(), federation, shuffled), straight)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_local_work_is_traced_once(federation, chunk, devices):
+    base, traces = recorder(), []
+    # One dictionary for all, as an exchange without metrics may return.
+    shared = {"steps": jnp.int32(0)}
+
+    def local(*args):
+        traces.append(args)
+        return *base.local(*args)[:2], shared
+
+    algorithm = base._replace(local=local)
+    execution = Execution(chunk, make_mesh(devices))
+    federation = place(federation, execution.mesh)
+    state = rounds.init_state(algorithm, federation, KEY, execution)
+    round_fn = rounds.make_round(algorithm, participation.full(), execution)
+    block = simulate.make_block(round_fn, 2, execution)
+    block.lower(state, federation, KEY, jnp.int32(2))
+    assert len(traces) == 1
+    assert set(shared) == {"steps"}
