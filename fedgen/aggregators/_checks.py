@@ -61,3 +61,23 @@ def check_finite(**arrays) -> None:
     """Check that arrays hold neither NaN nor infinity, where values are known."""
     for name, array in arrays.items():
         check_values(name, array, "finite", np.isfinite)
+
+
+def check_covariances(*, definite: bool, **matrices) -> None:
+    """Check matrices `[..., d, d]`, up to rounding, where values are known."""
+    for name, matrix in matrices.items():
+        if not is_known(matrix):
+            continue
+        check_finite(**{name: matrix})
+        matrix = np.asarray(matrix, np.float64)
+        largest = np.max(np.abs(matrix), axis=(-2, -1), initial=0)
+        skew = np.max(np.abs(matrix - np.swapaxes(matrix, -2, -1)), initial=0)
+        if skew > 1e-3 * np.max(largest, initial=0):
+            raise ValueError(f"{name} must be symmetric, got entries {skew:.2g} apart")
+        smallest = np.linalg.eigvalsh(matrix)[..., 0]
+        wrong = smallest <= 0 if definite else smallest < -1e-3 * largest
+        if np.any(wrong):
+            kind = "positive definite" if definite else "positive semi-definite"
+            raise ValueError(
+                f"{name} must be {kind}, got an eigenvalue {np.min(smallest):.2g}"
+            )

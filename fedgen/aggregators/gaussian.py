@@ -22,8 +22,15 @@ Differentiation: eigenvectors have no finite derivative where eigenvalues coinci
 as constants. Derivatives with respect to means are exact and finite. The direct
 `kalman_gain` and the information form are differentiable in everything.
 
-Wrong shapes raise a `ValueError`, also while tracing. Values are not checked: an
-indefinite covariance gives NaN; `shrink` a covariance estimated from few samples.
+Bad input: wrong shapes raise a `ValueError`, also while tracing. Wrong values do so
+where they are known, that is outside of `jit` and `vmap`: NaN and infinities, negative
+counts, covariances that are not symmetric or not positive (semi-)definite; `shrink`
+one estimated from few samples. Inside, results stay finite:
+
+- A covariance that is not positive definite where it must be counts as the identity.
+- A class mean that is not finite counts as that of an absent class.
+- Features that are not finite score by the prior of the classes alone.
+- Distances between means that are not finite are the exception: they are NaN.
 
 What is a reconstruction: pFedGM (Hu and Ma, 2026) was known from its abstract only,
 which speaks of fusion at a global and a local level inspired by the Kalman gain. The
@@ -47,9 +54,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import cho_solve, solve_triangular
 
-from fedgen.aggregators._checks import check_number, check_shapes
+from fedgen.aggregators._checks import (
+    check_covariances,
+    check_finite,
+    check_number,
+    check_shapes,
+    check_values,
+    is_known,
+)
 from fedgen.aggregators._numerics import divide, einsum, matmul
 
 BETWEEN_FORMS = ("scalar", "diagonal", "full")
@@ -96,6 +111,23 @@ def _check_statistics(stats: Statistics, prefix: str, name: str) -> None:
     )
 
 
+def _check_count(count) -> None:
+    check_values("count", count, "finite and >= 0", lambda n: (n >= 0) & (n < np.inf))
+
+
+def _check_means(name: str, mean, count) -> None:
+    """Check the means of classes that are there."""
+    if is_known(mean, count):
+        check_finite(**{name: np.asarray(mean)[np.asarray(count) > 0]})
+
+
+def _cholesky(cov: jax.Array) -> jax.Array:
+    """Factorise `[d, d]`, by the identity if it is not positive definite."""
+    factor = jnp.linalg.cholesky(cov)
+    proper = jnp.all(jnp.isfinite(factor))
+    return jnp.where(proper, factor, jnp.eye(cov.shape[-1], dtype=factor.dtype))
+
+
 def _symmetrise(matrix: jax.Array) -> jax.Array:
     return (matrix + matrix.T) / 2
 
@@ -123,6 +155,15 @@ def class_statistics(
     check_shapes(z=(z, "sd"), y=(y, "s"), mask=(mask, "s"))
     if num_classes < 1:
         raise ValueError(f"num_classes must be >= 1, got {num_classes}")
+    if is_known(z, y, mask):
+        held = np.asarray(mask) > 0
+        check_finite(z=np.asarray(z)[held])
+        check_values(
+            "y",
+            np.asarray(y)[held],
+            f"in [0, {num_classes})",
+            lambda label: (label >= 0) & (label < num_classes),
+        )
     dtype = jnp.result_type(z, jnp.float32)
     mask = mask.astype(bool) & (y >= 0) & (y < num_classes)
     z = jnp.where(mask[:, None], z, 0).astype(dtype)
@@ -385,8 +426,11 @@ def kalman_gain(prior_cov: jax.Array, cov: jax.Array, count: jax.Array) -> jax.A
       `[d, d]`.
     """
     check_shapes(prior_cov=(prior_cov, "dd"), cov=(cov, "dd"), count=(count, ""))
+    check_covariances(definite=False, prior_cov=prior_cov)
+    check_covariances(definite=True, cov=cov)
+    _check_count(count)
     scaled = count * prior_cov
-    return cho_solve((jnp.linalg.cholesky(scaled + cov), True), scaled).T
+    return cho_solve((_cholesky(scaled + cov), True), scaled).T
 
 
 def gain_eigen(prior_cov: jax.Array, cov: jax.Array) -> GainBasis:
@@ -400,8 +444,10 @@ def gain_eigen(prior_cov: jax.Array, cov: jax.Array) -> GainBasis:
       The basis, whose methods give `K(n)` and `V(n)`; a constant under `grad`.
     """
     check_shapes(prior_cov=(prior_cov, "dd"), cov=(cov, "dd"))
+    check_covariances(definite=False, prior_cov=prior_cov)
+    check_covariances(definite=True, cov=cov)
     prior_cov, cov = jax.lax.stop_gradient((prior_cov, cov))
-    factor = jnp.linalg.cholesky(cov)
+    factor = _cholesky(cov)
     half = solve_triangular(factor, prior_cov, lower=True)
     whitened = solve_triangular(factor, half.T, lower=True)
     beta, vector = jnp.linalg.eigh(_symmetrise(whitened))
@@ -450,6 +496,11 @@ def _check_fuse(prior_mean, prior_cov, mean, cov, count) -> None:
         cov=(cov, "dd"),
         count=(count, "c"),
     )
+    check_finite(prior_mean=prior_mean)
+    check_covariances(definite=False, prior_cov=prior_cov)
+    check_covariances(definite=True, cov=cov)
+    _check_count(count)
+    _check_means("mean", mean, count)
 
 
 def _innovation(
@@ -457,9 +508,9 @@ def _innovation(
 ) -> tuple[jax.Array, jax.Array]:
     """Return `mean - prior_mean [c, d]`, 0 for absent classes, and float counts [c]."""
     # Selecting before subtracting keeps a NaN of an absent class out of gradients.
-    present = count[:, None] > 0
-    delta = jnp.where(present, mean, prior_mean) - prior_mean
-    return delta, count.astype(delta.dtype)
+    present = (count > 0) & jnp.all(jnp.isfinite(mean), axis=1)
+    delta = jnp.where(present[:, None], mean, prior_mean) - prior_mean
+    return delta, jnp.where(present, count, 0).astype(delta.dtype)
 
 
 def _posterior_mean(
@@ -492,6 +543,14 @@ def fuse(
 
     Returns:
       Posterior means `[c, d]` and their covariances `[c, d, d]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> prior_mean, mean = jnp.zeros((2, 1)), jnp.array([[2.0], [jnp.nan]])
+      >>> count = jnp.array([4, 0])  # of the second class there are no samples
+      >>> fused, cov = fuse(prior_mean, jnp.eye(1), mean, 4 * jnp.eye(1), count)
+      >>> print(fused.ravel().round(3), cov.ravel().round(3))
+      [1. 0.] [0.5 1. ]
     """
     _check_fuse(prior_mean, prior_cov, mean, cov, count)
     basis = gain_eigen(prior_cov, cov)
@@ -529,7 +588,7 @@ def fuse_information(
     identity = jnp.eye(cov.shape[-1], dtype=cov.dtype)
 
     def invert(matrix: jax.Array) -> jax.Array:
-        inverse = cho_solve((jnp.linalg.cholesky(matrix), True), identity)
+        inverse = cho_solve((_cholesky(matrix), True), identity)
         return _symmetrise(inverse)
 
     prior_precision, precision = invert(prior_cov), invert(cov)
@@ -562,6 +621,7 @@ def fuse_covariance(
     """
     check_shapes(prior_cov=(prior_cov, "dd"), scatter=(scatter, "dd"), dof=(dof, ""))
     check_number("strength", strength, 0)
+    check_covariances(definite=False, prior_cov=prior_cov, scatter=scatter)
     dof = jnp.maximum(jnp.asarray(dof, prior_cov.dtype), 0)
     total = dof + strength
     return (1 - divide(dof, total)) * prior_cov + divide(scatter, total)
@@ -602,6 +662,10 @@ def normal_inverse_wishart(
         count=(count, "c"),
     )
     check_number("kappa", kappa, 0)
+    check_finite(prior_mean=prior_mean)
+    check_covariances(definite=False, prior_cov=prior_cov, scatter=scatter)
+    _check_count(count)
+    _check_means("mean", mean, count)
     dim = jnp.shape(prior_mean)[-1]
     check_number("nu", nu, dim + 1, strict=True)
     delta, count = _innovation(prior_mean, mean, count)
@@ -680,6 +744,7 @@ def class_prior(count: jax.Array, concentration: float) -> jax.Array:
     """
     check_shapes(count=(count, "c"))
     check_number("concentration", concentration, 0, strict=True)
+    _check_count(count)
     smooth = count + concentration
     return jnp.log(smooth) - jnp.log(jnp.sum(smooth))
 
@@ -706,7 +771,9 @@ def plugin_head(
     """
     check_shapes(mean=(mean, "cd"), cov=(cov, "dd"), log_prior=(log_prior, "c"))
     check_number("temperature", temperature, 0)
-    kernel = cho_solve((jnp.linalg.cholesky(cov), True), mean.T)
+    check_finite(mean=mean, log_prior=log_prior)
+    check_covariances(definite=True, cov=cov)
+    kernel = cho_solve((_cholesky(cov), True), mean.T)
     bias = log_prior - temperature / 2 * einsum("cd,dc->c", mean, kernel)
     return temperature * kernel, bias
 
@@ -732,8 +799,15 @@ def plugin_logits(
       `[b, c]` log posterior class probabilities up to a constant per row.
     """
     check_shapes(z=(z, "bd"), mean=(mean, "cd"))
+    check_finite(z=z)
     kernel, bias = plugin_head(mean, cov, log_prior, temperature=temperature)
-    return matmul(z, kernel) + bias[None, :]
+    return _or_prior(matmul(z, kernel) + bias[None, :], log_prior)
+
+
+def _or_prior(logits: jax.Array, log_prior: jax.Array) -> jax.Array:
+    """Replace rows `[b, c]` that are not finite."""
+    finite = jnp.all(jnp.isfinite(logits), axis=1, keepdims=True)
+    return jnp.where(finite, logits, log_prior[None, :])
 
 
 def predictive_logits(
@@ -769,14 +843,17 @@ def predictive_logits(
         log_prior=(log_prior, "c"),
     )
     check_number("temperature", temperature, 0)
+    check_finite(z=z, mean=mean, log_prior=log_prior)
+    check_covariances(definite=True, cov=cov)
+    check_covariances(definite=False, mean_cov=mean_cov)
 
     def score(center: jax.Array, spread: jax.Array) -> jax.Array:
-        factor = jnp.linalg.cholesky(cov + spread)
+        factor = _cholesky(cov + spread)
         white = solve_triangular(factor, (z - center[None, :]).T, lower=True)
         return -jnp.sum(white**2, axis=0) / 2 - jnp.sum(jnp.log(jnp.diag(factor)))
 
     likelihood = jax.vmap(score, out_axes=1)(mean, mean_cov)
-    return temperature * likelihood + log_prior[None, :]
+    return _or_prior(temperature * likelihood + log_prior[None, :], log_prior)
 
 
 # Distances.
@@ -797,7 +874,7 @@ def kl(
       `[]` nats.
     """
     _check_pair(mean0, cov0, mean1, cov1)
-    factor0, factor1 = jnp.linalg.cholesky(cov0), jnp.linalg.cholesky(cov1)
+    factor0, factor1 = _cholesky(cov0), _cholesky(cov1)
     ratio = solve_triangular(factor1, factor0, lower=True)
     shift = solve_triangular(factor1, mean1 - mean0, lower=True)
     # The ratio is triangular with diagonal r_k: log-determinants need no difference.
@@ -823,7 +900,7 @@ def bures_wasserstein(
       `[]`, at least 0.
     """
     _check_pair(mean0, cov0, mean1, cov1)
-    factor0, factor1 = jnp.linalg.cholesky(cov0), jnp.linalg.cholesky(cov1)
+    factor0, factor1 = _cholesky(cov0), _cholesky(cov1)
     overlap = jnp.linalg.svd(matmul(factor0.T, factor1), compute_uv=False)
     shape = jnp.trace(cov0) + jnp.trace(cov1) - 2 * jnp.sum(overlap)
     return jnp.sum((mean0 - mean1) ** 2) + jnp.maximum(shape, 0)
@@ -833,3 +910,5 @@ def _check_pair(mean0, cov0, mean1, cov1) -> None:
     check_shapes(
         mean0=(mean0, "d"), cov0=(cov0, "dd"), mean1=(mean1, "d"), cov1=(cov1, "dd")
     )
+    check_finite(mean0=mean0, mean1=mean1)
+    check_covariances(definite=True, cov0=cov0, cov1=cov1)

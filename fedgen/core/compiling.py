@@ -13,13 +13,16 @@ import jax
 _QUICK = {"xla_cpu_use_fusion_emitters": False}
 
 
-def compile_quickly(fn: Callable, *args: Any) -> Callable:
-    """Compile a jitted function, for these arguments or shapes, that is rarely called.
+def compile_ahead(fn: Callable, *args: Any, quick: bool) -> Callable:
+    """Compile a jitted function for these arguments, or shapes of them.
 
-    On a CPU that takes half as long as usual. What is called often, as a block of
-    rounds is, gets the compiler's defaults.
+    Args:
+      fn: What `jax.jit` returned.
+      *args: Its arguments.
+      quick: Whether to compile in half the time, for what is called a few times only.
+        That makes a difference on a CPU.
     """
-    quick = jax.default_backend() == "cpu" and _known(**_QUICK)
+    quick = quick and jax.default_backend() == "cpu" and _known(**_QUICK)
     return fn.lower(*args).compile(compiler_options=_QUICK if quick else None)
 
 

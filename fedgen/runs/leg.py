@@ -24,7 +24,7 @@ from fedgen.core import evaluate as evaluate_lib
 from fedgen.core import rounds, simulate
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.checkpoint import Checkpoints
-from fedgen.core.compiling import compile_quickly
+from fedgen.core.compiling import compile_ahead
 from fedgen.core.evaluate import Evaluation, Scores
 from fedgen.core.execution import Execution, state_shardings
 from fedgen.core.rounds import Report, Traffic
@@ -33,6 +33,7 @@ from fedgen.runs.build import Setup
 from fedgen.runs.config import Config
 
 Line = dict[str, Any]
+_SHORT = 8  # rounds, which are over sooner if they are compiled quickly
 
 
 class Leg(NamedTuple):
@@ -72,12 +73,19 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
     length = math.gcd(config.eval_every, config.checkpoint_every or config.eval_every)
     length = min(length, config.rounds)
     block = simulate.make_block(round_fn, length, execution)
-    block = block.lower(like, federation, round_key, jnp.int32(length)).compile()
+    block = compile_ahead(
+        block,
+        like,
+        federation,
+        round_key,
+        jnp.int32(length),
+        quick=config.rounds <= _SHORT,
+    )
     check_memory(name, block, execution.num_devices)
     evaluate = jax.jit(evaluate_lib.make_evaluate(algorithm, execution))
-    evaluate = compile_quickly(evaluate, like, federation, round_key)
+    evaluate = compile_ahead(evaluate, like, federation, round_key, quick=True)
     check_memory(name, evaluate, execution.num_devices)
-    init = compile_quickly(init, init_key, federation)
+    init = compile_ahead(init, init_key, federation, quick=True)
     return Leg(
         name,
         algorithm,
@@ -356,11 +364,11 @@ def _newcomers(leg: Leg, setup: Setup, state: State, seed: int) -> dict[str, Any
     # Unseen clients live on one device, and see nothing of the others' states.
     local = State(*jax.device_get((state.round, state.server)), ())
     adapt = jax.jit(evaluate_lib.make_adapt(leg.algorithm, execution))
-    adapted = compile_quickly(adapt, local, setup.newcomers, key)(
+    adapted = compile_ahead(adapt, local, setup.newcomers, key, quick=True)(
         local, setup.newcomers, key
     )
     evaluate = jax.jit(evaluate_lib.make_evaluate(leg.algorithm, execution))
-    evaluate = compile_quickly(evaluate, adapted, setup.newcomers, key)
+    evaluate = compile_ahead(evaluate, adapted, setup.newcomers, key, quick=True)
     test = jax.device_get(evaluate(adapted, setup.newcomers, key)).test
     return {"personal_accuracy": spread(accuracy(test))}
 

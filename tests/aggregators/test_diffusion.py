@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import functools
 
 import jax
@@ -1130,10 +1129,3 @@ def test_closed_forms_stay_finite_under_jit():
         lambda mask: simple_loss(groups(), schedule, X[None], key=KEY, mask=mask)
     )
     close(loss(jnp.zeros(3)), 0, 0)
-
-
-def test_examples_of_the_documentation():
-    with jax.enable_x64(False):
-        results = doctest.testmod(diffusion)
-    assert results.attempted > 5
-    assert results.failed == 0

@@ -1036,3 +1036,116 @@ def test_float32_agrees_with_float64():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+NAN_MEAN = np.array([[np.nan, 0.25]])
+INDEFINITE = np.array([[1.0, 2.0], [2.0, 1.0]])
+SKEW = np.array([[1.0, 0.5], [0.0, 1.0]])
+ONE = np.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: gaussian.fuse(PRIOR_MEAN, PRIOR_COV, MEAN, INDEFINITE, ONE),
+            "cov must be positive definite, got an eigenvalue -1",
+        ),
+        (
+            lambda: gaussian.fuse(PRIOR_MEAN, INDEFINITE, MEAN, COV, ONE),
+            "prior_cov must be positive semi-definite, got an eigenvalue -1",
+        ),
+        (
+            lambda: gaussian.fuse_mean(PRIOR_MEAN, SKEW, MEAN, COV, ONE),
+            "prior_cov must be symmetric, got entries 0.5 apart",
+        ),
+        (
+            lambda: gaussian.fuse(PRIOR_MEAN, PRIOR_COV, NAN_MEAN, COV, ONE),
+            "mean must be finite, got nan in 1 of 2",
+        ),
+        (
+            lambda: gaussian.fuse(NAN_MEAN, PRIOR_COV, MEAN, COV, ONE),
+            "prior_mean must be finite",
+        ),
+        (
+            lambda: gaussian.fuse(PRIOR_MEAN, PRIOR_COV, MEAN, COV, -ONE),
+            "count must be finite and >= 0, got -1.0",
+        ),
+        (
+            lambda: gaussian.kalman_gain(PRIOR_COV, np.zeros((2, 2)), np.ones(())),
+            "cov must be positive definite, got an eigenvalue 0",
+        ),
+        (lambda: gaussian.gain_eigen(PRIOR_COV, np.nan * COV), "cov must be finite"),
+        (
+            lambda: gaussian.fuse_covariance(COV, INDEFINITE, ONE[0], strength=1),
+            "scatter must be positive semi-definite",
+        ),
+        (lambda: gaussian.class_prior(-ONE, 0.1), "count must be"),
+        (
+            lambda: gaussian.plugin_logits(NAN_MEAN, MEAN, COV, np.zeros(1)),
+            "z must be finite",
+        ),
+        (
+            lambda: gaussian.plugin_head(MEAN, INDEFINITE, np.zeros(1)),
+            "cov must be positive definite",
+        ),
+        (
+            lambda: gaussian.predictive_logits(
+                MEAN, MEAN, COV, INDEFINITE[None], np.zeros(1)
+            ),
+            "mean_cov must be positive semi-definite",
+        ),
+        (
+            lambda: gaussian.kl(MEAN[0], COV, MEAN[0], INDEFINITE),
+            "cov1 must be positive definite",
+        ),
+        (
+            lambda: gaussian.bures_wasserstein(NAN_MEAN[0], COV, MEAN[0], COV),
+            "mean0 must be finite",
+        ),
+        (
+            lambda: gaussian.class_statistics(NAN_MEAN, np.zeros(1, int), ONE, 2),
+            "z must be finite",
+        ),
+        (
+            lambda: gaussian.class_statistics(MEAN, np.full(1, 2), ONE, 2),
+            r"y must be in \[0, 2\), got 2",
+        ),
+    ],
+)
+def test_bad_values_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_under_jit_an_indefinite_covariance_counts_as_the_identity():
+    identity = np.eye(2)
+    for prior, cov in ((PRIOR_COV, INDEFINITE), (PRIOR_COV, np.nan * COV)):
+        found = jax.jit(gaussian.fuse)(PRIOR_MEAN, prior, MEAN, cov, 3 * ONE)
+        expected = gaussian.fuse(PRIOR_MEAN, prior, MEAN, identity, 3 * ONE)
+        jax.tree.map(close, found, expected)
+    head = jax.jit(gaussian.plugin_head)(MEAN, INDEFINITE, np.zeros(1))
+    jax.tree.map(close, head, gaussian.plugin_head(MEAN, identity, np.zeros(1)))
+    found = jax.jit(gaussian.kl)(MEAN[0], COV, PRIOR_MEAN[0], INDEFINITE)
+    close(found, gaussian.kl(MEAN[0], COV, PRIOR_MEAN[0], identity))
+
+
+def test_under_jit_a_mean_that_is_not_finite_is_an_absent_class():
+    for fuse in (gaussian.fuse, gaussian.fuse_information):
+        found = jax.jit(fuse)(PRIOR_MEAN, PRIOR_COV, NAN_MEAN, COV, 3 * ONE)
+        jax.tree.map(close, found, (PRIOR_MEAN, PRIOR_COV[None]))
+
+
+def test_under_jit_features_that_are_not_finite_score_by_the_prior():
+    z = np.concatenate([POINT, np.full((1, 2), np.nan)])
+    plugin = jax.jit(gaussian.plugin_logits)(z, CLASS_MEANS, CLASS_COV, LOG_PRIOR)
+    close(plugin[1], LOG_PRIOR)
+    close(
+        plugin[:1],
+        gaussian.plugin_logits(POINT, CLASS_MEANS, CLASS_COV, LOG_PRIOR),
+    )
+    spread = np.stack([0.1 * np.eye(2)] * 3)
+    predictive = jax.jit(gaussian.predictive_logits)(
+        z, CLASS_MEANS, CLASS_COV, spread, LOG_PRIOR
+    )
+    close(predictive[1], LOG_PRIOR)

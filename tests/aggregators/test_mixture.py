@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import functools
 
 import jax
@@ -721,8 +720,3 @@ def test_known_covariances_are_checked_within_a_trace_too():
         draw(MEAN)
     known = jax.jit(lambda x: mixture.gaussian_log_density(x, MEAN, COV))
     close(known(MEAN), gaussian_log_density(MEAN, MEAN, COV))
-
-
-def test_examples_run():
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        assert doctest.testmod(mixture).failed == 0
