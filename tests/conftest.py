@@ -28,11 +28,12 @@ jax.config.update("jax_enable_compilation_cache", False)
 # the command line and the notebooks, is optimised as for users. XLA reads flags once,
 # and aborts if it does not know one, so only releases that have this one get it.
 jax.config.update("jax_disable_most_optimizations", True)
+QUICK_FLAGS = os.environ.get("XLA_FLAGS", "")
 if jax.__version_info__ < (0, 11):
-    with pytest.MonkeyPatch.context() as patch:
-        flags = os.environ.get("XLA_FLAGS", "")
-        patch.setenv("XLA_FLAGS", f"{flags} --xla_cpu_use_fusion_emitters=false")
-        jax.devices()
+    QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", QUICK_FLAGS)
+    jax.devices()
 
 WARNINGS_AS_ERRORS = (
     "error:Some donated buffers were not usable:UserWarning",
@@ -148,6 +149,12 @@ def build_federation(
         )
     pool = Pool(jnp.asarray(pool_x, jnp.float32), jnp.asarray(pool_y, jnp.int32))
     return Federation(pool, tuple(cohorts), num_classes)
+
+
+@pytest.fixture(scope="session")
+def quick_flags() -> str:
+    """Return XLA_FLAGS for processes that compile much, as the tests do."""
+    return QUICK_FLAGS
 
 
 @pytest.fixture(scope="session")

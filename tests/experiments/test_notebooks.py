@@ -58,8 +58,9 @@ def test_first_cell_installs_only_where_needed(path, importable, monkeypatch):
 
 
 @each_notebook
-def test_runs(path, tmp_path, monkeypatch):
-    # A user's kernel, not the settings of this test session.
+def test_runs(path, tmp_path, monkeypatch, quick_flags):
+    # A user's kernel, not the settings of this test session, but for compile times.
+    monkeypatch.setenv("XLA_FLAGS", quick_flags)
     monkeypatch.delenv("MPLBACKEND", raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
