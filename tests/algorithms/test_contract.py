@@ -227,9 +227,9 @@ def test_rounds_one_by_one_and_resumed_from_the_host_are_the_same(case):
     assert case.block._cache_size() == 1, "another block compiled again"
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_the_chunk_changes_only_roundings(case, chunk):
-    block = make_block(case.algorithm, Execution(chunk))
+def test_the_chunk_changes_only_roundings(case):
+    # Of nine clients, so the last chunk is filled up; two devices take them one by one.
+    block = make_block(case.algorithm, Execution(2))
     copied = jax.tree.map(jnp.copy, case.start)
     end, reports = block(copied, case.federation, KEY, jnp.int32(ROUNDS))
     # The compiler orders the sums of a matrix product by its shape, so not bit for bit.
@@ -245,7 +245,7 @@ def test_the_chunk_changes_only_roundings(case, chunk):
 
 def test_two_devices_change_only_the_order_of_sums(case):
     mesh = make_mesh(2)
-    execution, federation = Execution(2, mesh), place(case.federation, mesh)
+    execution, federation = Execution(1, mesh), place(case.federation, mesh)
     state = rounds.init_state(case.algorithm, federation, INIT_KEY, execution)
     end, reports = make_block(case.algorithm, execution)(
         state, federation, KEY, jnp.int32(ROUNDS)
