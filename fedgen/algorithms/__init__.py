@@ -16,6 +16,7 @@ from fedgen.algorithms.fedavg import fedadam, fedavg, fedyogi
 from fedgen.algorithms.fedavg_ft import fedavg_ft
 from fedgen.algorithms.fedavg_gaussian import fedavg_gaussian
 from fedgen.algorithms.fedem import fedem
+from fedgen.algorithms.fedgmi import fedgmi
 from fedgen.algorithms.fedgmm import fedgmm
 from fedgen.algorithms.fedper import fedper
 from fedgen.algorithms.fedproto import fedproto
@@ -38,6 +39,7 @@ REGISTRY: dict[str, Factory] = {
         fedavg_ft,
         fedavg_gaussian,
         fedem,
+        fedgmi,
         fedgmm,
         fedper,
         fedprox,

@@ -35,13 +35,15 @@ TUNABLE = (
     "rounds",
 )
 
+OWN = (*TUNABLE, "model")  # flags that a method may set for itself
+
 
 class Method(NamedTuple):
-    """One line of a comparison: an algorithm, with hyper-parameters of its own."""
+    """One line of a comparison: an algorithm, with settings of its own."""
 
-    name: str  # as asked for: algorithm[:hyperparameter=value...]
+    name: str  # as asked for: algorithm[:setting=value...]
     algorithm: str
-    fixed: dict[str, str]
+    fixed: dict[str, str]  # hyper-parameters, and flags of `OWN`
 
 
 class Row(NamedTuple):
@@ -68,8 +70,8 @@ def compare(
     Args:
       base: The flags that all runs share.
       names: Algorithms, the first being the one that the others are compared with;
-        `algorithm:name=value:...` fixes hyper-parameters, so that one algorithm can
-        have several lines.
+        `algorithm:name=value:...` fixes hyper-parameters, or flags of `OWN`, so that
+        one algorithm can have several lines.
       seeds: Number of seeds, counted from `base.seed`.
       grid: Values to try, by the name of a flag, for all algorithms, or by
         `algorithm.hyperparameter`, for one.
@@ -156,7 +158,7 @@ def _parse(name: str) -> Method:
         key, _, value = setting.partition("=")
         if not key or not value or key in fixed:
             raise ValueError(
-                "a method must be algorithm[:hyperparameter=value...], each once, "
+                "a method must be algorithm[:setting=value...], each once, "
                 f"got {name!r}"
             )
         fixed[key] = value
@@ -170,19 +172,20 @@ def _candidates(
     axes = {}
     for key, values in grid.items():
         algorithm, _, own = key.rpartition(".")
-        if not algorithm or (algorithm == method.algorithm and own not in method.fixed):
+        if algorithm in ("", method.algorithm) and own not in method.fixed:
             axes[own] = values
     for point in itertools.product(*axes.values()):
         chosen = dict(zip(axes, point, strict=True))
-        flags = {k: _typed(k, v) for k, v in chosen.items() if k in TUNABLE}
-        own = {k: v for k, v in chosen.items() if k not in TUNABLE}
+        settings = method.fixed | chosen
+        flags = {k: _typed(k, v) for k, v in settings.items() if k in OWN}
+        own = {k: v for k, v in settings.items() if k not in OWN}
         yield (
             chosen,
             dataclasses.replace(
                 base,
                 algorithm=method.algorithm,
                 baselines=(),
-                hyperparameters={**method.fixed, **own},
+                hyperparameters=own,
                 **flags,
             ),
         )
@@ -194,7 +197,7 @@ def _typed(key: str, value: str) -> Any:
         return kind(value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"grid {key} must hold values of type {kind.__name__}, got {value!r}"
+            f"{key} must be of type {kind.__name__}, got {value!r}"
         ) from None
 
 

@@ -67,6 +67,7 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
     federation, execution = setup.federation, setup.execution
     init_key, round_key, _ = run_keys(config.seed)
     start = time.perf_counter()
+    algorithm = algorithm.prepared(federation)
     init = rounds.make_init(algorithm, execution)
     like = _place(jax.eval_shape(init, init_key, federation), execution)
     round_fn = rounds.make_round(algorithm, setup.sampler, execution)

@@ -161,7 +161,7 @@ def test_clients_without_test_rows_drop_out_of_the_interval():
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"grid": {"learning_rat": ["1"]}}, "did you mean 'learning_rate'"),
         ({"grid": {"pfedgm.pul": ["1"]}}, "did you mean 'pull'"),
-        ({"grid": {"learning_rate": ["fast"]}}, "must hold values of type float"),
+        ({"grid": {"learning_rate": ["fast"]}}, "learning_rate must be of type float"),
         ({"grid": {"learning_rate": ["-1"]}}, "learning_rate must be above 0"),
     ],
 )
