@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def simulate(
     while start < num_rounds:
         stop = min(num_rounds, (start // rounds_per_block + 1) * rounds_per_block)
         done = slice(stop - start)
-        state, reports = block(state, federation, key, jnp.int32(done.stop))
+        state, reports = block(state, federation, key, np.int32(done.stop))
         if reports.steps.shape[0] < done.stop:
             raise ValueError(
                 f"rounds_per_block must be <= {reports.steps.shape[0]}, the length of "
@@ -98,12 +99,22 @@ def check_finite(state: State, reports: Report, start: int) -> None:
                 f"round {start + i + 1}: {', '.join(bad)} not finite"
                 + (f"; clients left out before: {failed}" if failed else "")
             )
-    leaves = jax.tree_util.tree_leaves_with_path(state.server)
-    for path, leaf in leaves:
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(
-            jnp.all(jnp.isfinite(leaf))
-        ):
+    finite = jax.device_get(_finite_leaves(state.server))
+    for path, good in jax.tree_util.tree_leaves_with_path(finite):
+        if not good:
             rounds = f"{start + 1} to {start + reports.steps.shape[0]}"
             raise FloatingPointError(
                 f"rounds {rounds}: server state {jax.tree_util.keystr(path)} not finite"
             )
+
+
+@jax.jit  # one program, not two for every shape
+def _finite_leaves(tree: Any) -> Any:
+    """Tell of every leaf whether all of it is finite, or not of floating point."""
+
+    def finite(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return True
+        return jnp.all(jnp.isfinite(leaf))
+
+    return jax.tree.map(finite, tree)

@@ -1,4 +1,4 @@
-"""The pictures of a run: accuracy by round and by bytes, clients, partition.
+"""The pictures of a run: accuracy by round and by bytes, clients, partition, samples.
 
 Every function draws from plain dictionaries or an array, writes a PNG and returns
 its path. Nothing touches the state of `pyplot`, and a user's style changes nothing.
@@ -64,6 +64,11 @@ _DASHES = ("solid", (0, (6, 1.5)), (0, (3, 1, 1, 1)))
 _WIDE = 30  # ratio of the largest to the smallest value that asks for a log axis
 _NUMBERED = 40  # up to so many clients are named on an axis
 _MARKED = 25  # up to so many rounds have a marker each
+_PAIRS = 8  # samples of a component that are drawn
+_PAIR = (
+    "Left generated, right the nearest training image; below, the root mean squared "
+    "difference."
+)
 _WRITTEN = 20  # up to so many clients and classes have their counts written out
 
 
@@ -311,6 +316,103 @@ def partition(counts: np.ndarray, path: Path) -> Path:
         bar.ax.yaxis.set_major_formatter(ticker.FuncFormatter(_plain))
         bar.ax.yaxis.set_minor_formatter(ticker.NullFormatter())
         bar.outline.set_visible(False)
+        return _save(figure, path)
+
+
+def samples(
+    generated: np.ndarray,
+    nearest: np.ndarray,
+    path: Path,
+    *,
+    titles: Sequence[str] | None = None,
+) -> Path:
+    """Draw what components generate, each sample beside its nearest training image.
+
+    A component is a row of pairs, generated on the left and training on the right,
+    with their root mean squared difference below. Colours span the training images.
+
+    Args:
+      generated: `[k, g, h, w]` or `[k, g, h, w, 1 or 3]`; at most 8 of a component
+        are drawn.
+      nearest: The same shape.
+      path: Where to write the PNG.
+      titles: One line above each component; its number by default.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: If the shapes differ or are not of images, a value is not finite, or
+        there are not as many titles as components.
+    """
+    generated, nearest = np.float64(generated), np.float64(nearest)
+    grey = generated.ndim == 4 or (generated.ndim == 5 and generated.shape[-1] == 1)
+    if not (grey or generated.shape[4:] == (3,)) or 0 in generated.shape:
+        raise ValueError(
+            "generated must be images [k, g, h, w] or [k, g, h, w, 1 or 3], got shape "
+            f"{generated.shape}"
+        )
+    if nearest.shape != generated.shape:
+        raise ValueError(
+            f"nearest must have the shape of generated, {generated.shape}, got "
+            f"{nearest.shape}"
+        )
+    for name, array in (("generated", generated), ("nearest", nearest)):
+        if not np.all(np.isfinite(array)):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    k, pairs = generated.shape[0], min(generated.shape[1], _PAIRS)
+    titles = [f"component {i}" for i in range(k)] if titles is None else list(titles)
+    if len(titles) != k:
+        raise ValueError(f"titles must be one for each of {k}, got {len(titles)}")
+    if generated.ndim == 5 and grey:
+        generated, nearest = generated[..., 0], nearest[..., 0]
+    low, high = nearest.min(), nearest.max()
+    span = high - low if high > low else 1.0
+
+    with style.context(_STYLE):
+        # A gap within a pair is a tenth of an image, between pairs four.
+        side = WIDTH / (_PAIRS * 2.5)
+        height, width = generated.shape[2:4]
+        tall = side * height / width
+        figure = Figure(figsize=(WIDTH, k * (tall + 0.46) + 0.24))
+        total = figure.get_figheight()
+        for i, j in np.ndindex(k, pairs):
+            left = (0.2 + 2.5 * j) * side
+            bottom = total - (i + 1) * (tall + 0.46) + 0.18
+            for step, image in enumerate((generated[i, j], nearest[i, j])):
+                place = (left + 1.1 * step * side, bottom, side, tall)
+                box = np.array(place) / ([WIDTH, total] * 2)
+                axes = figure.add_axes(box)
+                axes.imshow(
+                    np.clip((image - low) / span, 0, 1),
+                    cmap="gray",
+                    vmin=0,
+                    vmax=1,
+                    interpolation="nearest",
+                    aspect="auto",
+                )
+                axes.set_axis_off()
+            gap = np.sqrt(np.mean((generated[i, j] - nearest[i, j]) ** 2))
+            figure.text(
+                (left + 1.05 * side) / WIDTH,
+                (bottom - 0.03) / total,
+                f"{gap:.2g}",
+                size=7,
+                color="#555555",
+                ha="center",
+                va="top",
+            )
+            if j == 0:
+                figure.text(
+                    left / WIDTH,
+                    (bottom + tall + 0.05) / total,
+                    titles[i],
+                    color=_INK,
+                    va="bottom",
+                    parse_math=False,
+                )
+        start = 0.2 * side / WIDTH
+        figure.text(start, 0.08 / total, _PAIR, color="#555555", va="bottom")
         return _save(figure, path)
 
 

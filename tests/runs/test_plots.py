@@ -300,3 +300,68 @@ def test_the_users_style_neither_changes_a_plot_nor_is_changed(tmp_path):
         styled = plots.accuracy_by_round(history(), tmp_path / "styled.png")
         assert dict(matplotlib.rcParams) == before
     assert styled.read_bytes() == plain
+
+
+def paint(shape, colour):
+    """Return images of one colour, with a corner of black and one of white."""
+    images = np.ones((*shape, 4, 5, 3)) * to_rgb(colour)
+    images[..., 0, 0, :], images[..., -1, -1, :] = 0, 1
+    return images
+
+
+def test_samples_stand_left_of_their_nearest_training_image(tmp_path):
+    shape, path = (2, 3), tmp_path / "samples.png"
+    generated, nearest = paint(shape, RED), paint(shape, BLUE)
+    assert plots.samples(generated, nearest, path, titles=["one", "two $"]) == path
+    picture = pixels(path)
+    assert picture.shape[1] == plots.WIDTH * plots.DPI
+    assert has_margin(picture)
+    (red_y, red_x), (blue_y, blue_x) = found(picture, RED), found(picture, BLUE)
+    # Three pairs in two rows, each image of 18 coloured cells.
+    assert runs(red_x) == runs(blue_x) == 3
+    assert runs(red_y) == runs(blue_y) == 2
+    assert red_x.min() < blue_x.min() and red_x.max() < blue_x.max()
+    assert red_x.size == pytest.approx(blue_x.size, rel=0.03)
+
+
+def runs(places):
+    """Count the runs of places that lie far apart."""
+    return 1 + np.sum(np.diff(np.unique(places)) > 8)
+
+
+def test_samples_have_the_scale_of_the_training_images(tmp_path):
+    path = tmp_path / "samples.png"
+    nearest = np.tile(np.linspace(10, 30, 16).reshape(4, 4), (1, 2, 1, 1))
+    generated = np.full((1, 2, 4, 4, 1), 20.0)
+    plots.samples(generated, nearest[..., None], path)
+    # Grey of the middle of the scale, and what is beyond the scale at its end.
+    assert found(pixels(path), "#7f7f7f")[0].size > 6000
+    plots.samples(generated + 100, nearest[..., None], path)
+    assert found(pixels(path), "#7f7f7f")[0].size < 600
+
+
+def test_only_some_samples_are_drawn(tmp_path):
+    paths = [tmp_path / f"{g}.png" for g in (8, 9)]
+    for path, g in zip(paths, (8, 9), strict=True):
+        plots.samples(paint((1, g), RED), paint((1, g), BLUE), path)
+    assert np.array_equal(*map(pixels, paths))
+
+
+@pytest.mark.parametrize(
+    ("generated", "nearest", "titles", "message"),
+    [
+        (np.ones((2, 3, 4)), np.ones((2, 3, 4)), None, "generated must be images"),
+        (np.ones((1, 1, 2, 2, 2)), np.ones((1, 1, 2, 2, 2)), None, "1 or 3"),
+        (np.ones((1, 0, 2, 2)), np.ones((1, 0, 2, 2)), None, "generated must be"),
+        (np.ones((1, 2, 2, 2)), np.ones((2, 1, 2, 2)), None, "nearest must have the"),
+        (np.full((1, 1, 2, 2), np.nan), np.ones((1, 1, 2, 2)), None, "generated must"),
+        (np.ones((1, 1, 2, 2)), np.ones((1, 1, 2, 2)), ["a", "b"], "of 1, got 2"),
+    ],
+)
+def test_samples_that_are_no_images_are_refused(
+    generated, nearest, titles, message, tmp_path
+):
+    path = tmp_path / "samples.png"
+    with pytest.raises(ValueError, match=message):
+        plots.samples(generated, nearest, path, titles=titles)
+    assert not path.exists()
