@@ -24,6 +24,7 @@ from fedgen.algorithms.ifca import ifca
 from fedgen.algorithms.local_only import local_only
 from fedgen.algorithms.pfedfda import pfedfda
 from fedgen.algorithms.pfedgm import pfedgm
+from fedgen.algorithms.pfedgpa import pfedgpa
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.fit import Schedule
 
@@ -47,6 +48,7 @@ REGISTRY: dict[str, Factory] = {
         local_only,
         pfedfda,
         pfedgm,
+        pfedgpa,
     )
 }
 

@@ -11,15 +11,25 @@ from collections.abc import Callable, Sequence
 
 from fedgen.core.federation import Model
 from fedgen.models.cnn import cnn, small_cnn
-from fedgen.models.mlp import mlp
+from fedgen.models.mlp import mlp, small_mlp
 from fedgen.models.resnet import resnet8, resnet18
 
-__all__ = ["MODELS", "build", "cnn", "mlp", "resnet8", "resnet18", "small_cnn"]
+__all__ = [
+    "MODELS",
+    "build",
+    "cnn",
+    "mlp",
+    "resnet8",
+    "resnet18",
+    "small_cnn",
+    "small_mlp",
+]
 
 MODELS: dict[str, Callable[..., Model]] = {
     "mlp": mlp,
     "cnn": cnn,
     "small_cnn": small_cnn,
+    "small_mlp": small_mlp,
     "resnet8": resnet8,
     "resnet18": resnet18,
 }

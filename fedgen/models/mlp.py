@@ -30,3 +30,8 @@ def mlp(input_shape: tuple[int, ...], num_classes: int, hidden: int = 200) -> Mo
       ValueError: If a size is not positive.
     """
     return layers.assemble(f"mlp{hidden}", Body(hidden), input_shape, num_classes)
+
+
+def small_mlp(input_shape: tuple[int, ...], num_classes: int) -> Model:
+    """Build `mlp` with 32 hidden units, for papers that model parameters."""
+    return mlp(input_shape, num_classes, 32)
