@@ -147,15 +147,20 @@ def comparison(summary: Mapping[str, Any]) -> table.Table:
         padding=0,
         pad_edge=False,
         caption="accuracy in % of test rows; vs local: gain on local_only in points;\n"
-        "best: at the round that validation chose; MiB: all clients",
+        "best: at the round that validation chose; as rec.: before personalising;\n"
+        "MiB: all clients",
     )
     out.add_column("method", overflow="fold", min_width=10)
     lines = rows(summary)
+    present = {column.key for column in columns(lines)}
+    whole = ("global", "{global_accuracy}")
+    if "received" in present:
+        whole = ("as rec.\nglobal", "{received}\n{global_accuracy}")
     fields = {
         "personal\n± std": "{personal_mean}\n± {personal_std}",
         "worst\ndecile": "{worst_decile}",
         "vs\nlocal": "{gain}",
-        "global": "{global_accuracy}",
+        whole[0]: whole[1],
         "new": "{new_clients}",
         "best\n@ round": "{best_personal}\n@ {best_round}",
         "MiB\nup\ndown": "{mib_up}\n{mib_down}",
@@ -163,16 +168,8 @@ def comparison(summary: Mapping[str, Any]) -> table.Table:
         "seconds\ncompile\nsteady": "{compile_seconds}\n{steady_seconds}",
         "peak\nMiB": "{peak_mib}",
     }
-    present = {column.key for column in columns(lines)}
     if "new_clients" not in present:
         del fields["new"]
-    if "received" in present:
-        fields = {
-            ("as rec.\nglobal" if heading == "global" else heading): cell
-            if heading != "global"
-            else "{received}\n" + cell
-            for heading, cell in fields.items()
-        }
     for heading in fields:
         out.add_column(heading, justify="right", no_wrap=True)
     for i, row in enumerate(lines):
