@@ -42,8 +42,15 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedgen.aggregators import diffusion
-from fedgen.algorithms import _options, _pfedgpa_population
-from fedgen.algorithms._pfedgpa_population import Codec, Learner, Replay
+from fedgen.algorithms import _options
+from fedgen.algorithms._pfedgpa_population import (
+    Codec,
+    Learner,
+    Replay,
+    fit_codec,
+    init_learner,
+    learn,
+)
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm, Mean
 from fedgen.core.federation import Params
@@ -176,7 +183,9 @@ def pfedgpa(
         # Imported here, for flax takes long to load and few algorithms need it.
         from fedgen.models import denoiser
 
-        return denoiser.residual_mlp(size, width=denoiser_width)
+        built = denoiser.residual_mlp(size, width=denoiser_width)
+        # Traced once, however often it is used.
+        return built._replace(apply=jax.jit(built.apply, inline=True))
 
     def num_codes(rows, p):
         return p if rank is None else min(rank, rows, p)
@@ -191,9 +200,7 @@ def pfedgpa(
             r = num_codes(n * memory, p)
             directions = () if rank is None else jnp.zeros((r, p))
             # Another key than the model's, which is FedAvg's.
-            learner = _pfedgpa_population.init_learner(
-                network(r).init(jax.random.fold_in(key, 1)), adam
-            )
+            learner = init_learner(network(r).init(jax.random.fold_in(key, 1)), adam)
         return Server(
             jnp.int32(0),
             params,
@@ -283,7 +290,7 @@ def pfedgpa(
         replay = server.replay.push(deviation, teaches)
         rows, weight = replay.flat()
         diffuses = generator == "diffusion"
-        codec, codes = _pfedgpa_population.fit_codec(
+        codec, codes = fit_codec(
             rows,
             weight,
             rank=None if rank is None else num_codes(len(rows), p),
@@ -296,7 +303,7 @@ def pfedgpa(
             base = diffusion.gaussian_denoiser(
                 times, jnp.zeros(codes.shape[1]), codec.cov
             )
-            learner, metrics["denoiser_loss"] = _pfedgpa_population.learn(
+            learner, metrics["denoiser_loss"] = learn(
                 net,
                 adam,
                 times,
@@ -354,6 +361,8 @@ def pfedgpa(
         else:
             code = diffusion.diffuse(times, z, key=code_key, **depths)
         ordinary = diffusion.generate(denoise, times, code, gamma=gamma, **noise)
+        if not newcomer_rounds:
+            return codec.decode(deviation, ordinary, rho)
         steered = diffusion.guide(denoise, times, codec.encode(before), z, omega=omega)
         guided = diffusion.sample(steered, times, z, eta=eta, key=guided_key, **depths)
         return codec.decode(deviation, jnp.where(newcomer, guided, ordinary), rho)
