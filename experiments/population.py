@@ -183,7 +183,7 @@ def one_seed(lab: Lab, variants, omegas, groups: int, seed: int):
     config, say = lab.config, functools.partial(print, file=sys.stderr, flush=True)
     n, total = config.num_clients, config.num_clients + config.new_clients
     federation = build_federation(config, groups, seed)
-    old, new = lab_samplers(n, total)
+    old, new = samplers(n, total)
     warmup = int(config.hyperparameters["warmup"])
     trained, newcomers, warm = {}, {}, {}
 
@@ -250,7 +250,7 @@ def one_seed(lab: Lab, variants, omegas, groups: int, seed: int):
 
 
 @functools.cache
-def lab_samplers(n: int, total: int):
+def samplers(n: int, total: int):
     """Return the samplers of old and of new clients, always the same two."""
     return members(0, n), members(n, total)
 

@@ -139,6 +139,8 @@ def learn(
     Returns:
       The learner, and the mean loss over the steps; 0 without steps.
     """
+    if not steps:
+        return learner, jnp.float32(0.0)
     total = jnp.sum(weight)
     chance = jnp.where(total > 0, weight, 1.0)
     chance = chance / jnp.sum(chance)
@@ -163,4 +165,4 @@ def learn(
 
     trained, losses = jax.lax.scan(step, learner, jax.random.split(key, steps))
     trained = jax.tree.map(lambda a, b: jnp.where(total > 0, a, b), trained, learner)
-    return trained, jnp.sum(losses) / max(steps, 1)
+    return trained, jnp.mean(losses)
