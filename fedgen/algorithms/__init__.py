@@ -25,6 +25,7 @@ from fedgen.algorithms.ifca import ifca
 from fedgen.algorithms.local_only import local_only
 from fedgen.algorithms.pfedfda import pfedfda
 from fedgen.algorithms.pfedgm import pfedgm
+from fedgen.algorithms.pfedgpa import pfedgpa
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.fit import Schedule
 
@@ -49,6 +50,7 @@ REGISTRY: dict[str, Factory] = {
         local_only,
         pfedfda,
         pfedgm,
+        pfedgpa,
     )
 }
 

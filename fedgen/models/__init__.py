@@ -15,7 +15,15 @@ from fedgen.models.cnn import cnn, small_cnn
 from fedgen.models.mlp import mlp
 from fedgen.models.resnet import resnet8, resnet18
 
-__all__ = ["MODELS", "build", "cnn", "mlp", "resnet8", "resnet18", "small_cnn"]
+__all__ = [
+    "MODELS",
+    "build",
+    "cnn",
+    "mlp",
+    "resnet8",
+    "resnet18",
+    "small_cnn",
+]
 
 MODELS: dict[str, Callable[..., Model]] = {
     "mlp": mlp,

@@ -55,6 +55,7 @@ class Row(NamedTuple):
     per_seed: np.ndarray  # [seeds] means over clients
     worst_decile: float  # mean over seeds
     global_accuracy: float | None  # mean over seeds
+    received: float | None = None  # mean over seeds, of models not yet personalised
 
 
 def compare(
@@ -126,18 +127,28 @@ def to_markdown(rows: Sequence[Row]) -> str:
         f"{rows[0].name} minus it | tuned |",
         "|---|---:|---:|---:|---:|---|",
     ]
+    both = any(row.received is not None for row in rows)
+    if both:
+        lines = [
+            lines[0].replace(" worst", " as received | worst"),
+            lines[1].replace("|---:", "|---:|---:", 1),
+        ]
     for row in rows:
         by_seed = ", ".join(f"{100 * a:+.1f}" for a in rows[0].per_seed - row.per_seed)
         gap = "" if row is rows[0] else f"{difference(rows[0], row)} ({by_seed})"
-        whole = row.global_accuracy
         lines.append(
             f"| {row.name} | {100 * row.per_seed.mean():.1f} "
             f"({', '.join(f'{100 * a:.1f}' for a in row.per_seed)}) | "
+            f"{_percent(row.received) + ' | ' if both else ''}"
             f"{100 * row.worst_decile:.1f} | "
-            f"{'' if whole is None else f'{100 * whole:.1f}'} | {gap} | "
+            f"{_percent(row.global_accuracy)} | {gap} | "
             f"{', '.join(f'{k}={v}' for k, v in row.chosen.items())} |"
         )
     return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def difference(a: Row, b: Row) -> str:
@@ -260,6 +271,8 @@ def _try(
 def _row(name: str, chosen: dict[str, str], summaries: list[dict[str, Any]]) -> Row:
     accuracy = [s["personal_accuracy"] for s in summaries]
     whole = [s["global_accuracy"] for s in summaries]
+    # None, or not there in runs of earlier versions.
+    received = [(s.get("received_accuracy") or {}).get("mean") for s in summaries]
     return Row(
         name,
         chosen,
@@ -267,4 +280,5 @@ def _row(name: str, chosen: dict[str, str], summaries: list[dict[str, Any]]) -> 
         np.array([a["mean"] for a in accuracy]),
         float(np.mean([a["worst_decile"] for a in accuracy])),
         None if None in whole else float(np.mean(whole)),
+        None if None in received else float(np.mean(received)),
     )
