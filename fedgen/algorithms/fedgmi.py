@@ -230,7 +230,8 @@ def fedgmi(
         )
         survey, guide = _survey.start(cohort.ids, num_components)
         shared = Shared(components, guide, jnp.int32(0))
-        clients = jnp.full((cohort.num_clients, num_components), 1 / num_components)
+        uniform = jnp.full(num_components, 1 / num_components, jnp.float32)
+        clients = tree.broadcast(uniform, cohort.num_clients)
         return Server(shared, survey), (clients,)
 
     def prepare(federation):
@@ -253,13 +254,17 @@ def fedgmi(
         shared = server.shared
         return shared._replace(components=cast(shared.components, payload))
 
-    def tabulate(context, components, key, data, num_samples):
-        """Compute log densities `[s, k]` of a subset."""
-        kind = density_of(data.pool.x.shape[1:], context.num_classes)
+    def joint(context, components, num_samples):
+        """Return `(key, batch) -> [b, k]`, log densities under all components."""
 
         def of_batch(key, batch):
+            kind = density_of(batch.x.shape[1:], context.num_classes)
             return kind.joint(context.model, components, key, batch, num_samples)
 
+        return of_batch
+
+    def tabulate(of_batch, components, key, data):
+        """Compute log densities `[s, k]` of a subset."""
         k = _num_components(components)
         return _vae_mixture.tabulate(of_batch, k, key, data, schedule.batch_size)
 
@@ -268,24 +273,21 @@ def fedgmi(
             table, mask, concentration=concentration, tolerance=1e-4, max_steps=200
         )
 
-    def e_step(stage, context, key, shared, data):
+    def e_step(stage, context, features, key, shared, data):
         """Compute responsibilities `[s, k]` and proportions `[k]` of a subset."""
-        features = features_of(data.pool, context.num_classes)
-        guide, k = shared.guide, _num_components(shared.components)
+        guide, components = shared.guide, shared.components
+        by_vaes, k = joint(context, components, 1), _num_components(components)
 
-        def score(_, batch):
-            return features(batch) @ guide.kernel + guide.bias[None]
+        def of_batch(key, batch):
+            by_guide = features(batch) @ guide.kernel + guide.bias[None]
+            return jnp.where(stage.guided, by_guide, by_vaes(key, batch))
 
-        # Only what the stage asks for is looked at.
-        guided = data._replace(size=data.size * stage.guided)
-        later = data._replace(size=data.size * ~(stage.shared | stage.guided))
-        table = jnp.where(
-            stage.guided,
-            _vae_mixture.tabulate(score, k, key, guided, schedule.batch_size),
-            tabulate(context, shared.components, key, later, 1),
-        )
+        read = data._replace(size=data.size * ~stage.shared)
+        table = tabulate(of_batch, components, key, read)
         mask = jnp.arange(max_samples) < data.size
-        proportions = fit_proportions(table, mask)
+        # `mixture` stays finite whatever comes; here a client has to fail instead.
+        sound = jnp.all(jnp.isfinite(table) | ~mask[:, None])
+        proportions = jnp.where(sound, fit_proportions(table, mask), jnp.nan)
         r = _components.responsibilities(table, proportions, mask)
         if truth is not None:
             true = jax.nn.one_hot(truth[data.order], k) * mask[:, None]
@@ -300,15 +302,16 @@ def fedgmi(
         # Beyond the numbers that components train by.
         keys = jax.random.fold_in(key, _num_components(components))
         keys = jax.random.split(keys, 4)
+        features = features_of(data.pool, context.num_classes)
         told = _survey.tell(
-            features_of(data.pool, context.num_classes),
+            features,
             data._replace(size=data.size * stage.shared),
             schedule.batch_size,
         )
         size = jnp.maximum(data.size, 1)
         data = _vae_mixture.subset(keys[0], data, max_samples)
         scale = size / jnp.maximum(data.size, 1)
-        r, proportions = e_step(stage, context, keys[1], shared, data)
+        r, proportions = e_step(stage, context, features, keys[1], shared, data)
         kind = density_of(data.pool.x.shape[1:], context.num_classes)
 
         def vae_loss(params, batch, key):
@@ -394,7 +397,8 @@ def fedgmi(
         keys = jax.random.split(key)
         data = _vae_mixture.subset(keys[0], data, max_samples)
         components = cast(shared.components, jnp.float32)
-        table = tabulate(context, components, keys[1], data, num_samples)
+        of_batch = joint(context, components, num_samples)
+        table = tabulate(of_batch, components, keys[1], data)
         return fit_proportions(table, jnp.arange(max_samples) < data.size)
 
     def predict(context, server, proportions, x):

@@ -15,7 +15,13 @@ from fedgen.core import participation, rounds, simulate
 from fedgen.core.execution import Execution
 from fedgen.core.fit import Schedule
 
-SYSTEMS = ("fedem", "fedgmm", "ifca")
+SYSTEMS = {
+    "fedem": {},
+    "fedgmi": {"num_components": 2, "hidden": 4, "latent": 2, "max_samples": 8},
+    "fedgmm": {},
+    "ifca": {},
+    "pfedgpa": {"rank": 2, "denoiser_steps": 2, "denoiser_width": 4},
+}
 KEY = jax.random.key(0)
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -57,7 +63,7 @@ def federation(toy_federation):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_fifty_rounds_compile_no_more_than_two_programs(name, federation):
-    algorithm = make(name, optax.sgd(0.05), Schedule(4, 1))
+    algorithm = make(name, optax.sgd(0.05), Schedule(4, 1), SYSTEMS[name])
     sampler = participation.uniform(0.7)
     block = simulate.make_block(rounds.make_round(algorithm, sampler, Execution()), 5)
     names = run_fifty(block, algorithm, federation)

@@ -37,6 +37,7 @@ ROUNDS = 3
 # Bytes (down, up) of a participant: 4 features, 6 hidden, d = 5, c = 4, float32.
 BODY, HEAD = 4 * 6 + 6 + 6 * 5 + 5, 5 * 4 + 4
 WEIGHTS = BODY + HEAD
+VAE = (4 * 8 + 8 + 8 * 4 + 4) + (2 * 8 + 8 + 8 * 4 + 4)
 # A `Mean` also carries its weight.
 AVERAGED = 4 * WEIGHTS, 4 * WEIGHTS + 4
 
@@ -62,6 +63,12 @@ TRAFFIC = {
     "fedavg_gaussian": gaussian(HEAD, 1),
     # Three models; up, each with its weight.
     "fedem": (12 * WEIGHTS, 12 * (WEIGHTS + 1)),
+    # Two VAEs 4-8-2-8-4 and models, the guide [128, k] and [k], the round; up, each
+    # with its weight, then mean and weighted covariance of 128 features.
+    "fedgmi": (
+        8 * (VAE + WEIGHTS + 128 + 1) + 4,
+        8 * (VAE + 1 + WEIGHTS + 1) + 4 * (128 + 128**2 + 1),
+    ),
     # Besides three models, three Gaussians of the 4 features; up, each with its count.
     "fedgmm": (12 * (WEIGHTS + 4 + 16), 12 * (WEIGHTS + 1 + 1 + 4 + 16)),
     "fedper": (4 * BODY, 4 * BODY + 4),
@@ -80,15 +87,25 @@ TRAFFIC = {
     "pfedgpa": (4 * WEIGHTS, 4 * WEIGHTS),
 }
 LEARNING_RATE = {"pfedfda": 0.002}
-# Of three rounds two generate; few codes, for the last of many are all but rounding.
+# Of three rounds each is of another stage, and two generate; few codes, for the last
+# of many are all but rounding.
+
 HYPERPARAMETERS = {
+    "fedgmi": {
+        "num_components": 2,
+        "hidden": 8,
+        "latent": 2,
+        "vae_epochs": 1,
+        "pretrain_rounds": 1,
+        "max_samples": 16,
+    },
     "pfedgpa": {
         "warmup": 1,
         "rank": 2,
         "denoiser_steps": 3,
         "denoiser_width": 8,
         "newcomer_rounds": 1,
-    }
+    },
 }
 # Algorithms that serve several architectures; the rest average weights.
 ANY_ARCHITECTURE = {"local_only", "fedproto"}
