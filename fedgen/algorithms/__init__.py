@@ -76,15 +76,7 @@ def make(
       ValueError: If the algorithm or a hyper-parameter is unknown, a value is of the
         wrong type, or the algorithm refuses it.
     """
-    known = _declared(name)
-    values = {}
-    for key, value in (hyperparameters or {}).items():
-        if key not in known:
-            owned = f"{name} has {', '.join(known)}" if known else f"{name} has none"
-            raise ValueError(
-                f"unknown hyper-parameter {key!r}{_nearest(key, known)}; {owned}"
-            )
-        values[key] = _convert(key, value, known[key][0])
+    values = settings(name, hyperparameters)
     return REGISTRY[name](optimizer, schedule, **values)
 
 
@@ -94,7 +86,25 @@ def hyperparameters(name: str) -> dict[str, Any]:
     Raises:
       ValueError: If the algorithm is unknown.
     """
-    return {key: default for key, (_, default) in _declared(name).items()}
+    return settings(name)
+
+
+def settings(name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return all hyper-parameters of an algorithm, given or by default.
+
+    Raises:
+      ValueError: If one is unknown or of the wrong type.
+    """
+    known = _declared(name)
+    values = {key: default for key, (_, default) in known.items()}
+    for key, value in (given or {}).items():
+        if key not in known:
+            owned = f"{name} has {', '.join(known)}" if known else f"{name} has none"
+            raise ValueError(
+                f"unknown hyper-parameter {key!r}{_nearest(key, known)}; {owned}"
+            )
+        values[key] = _convert(key, value, known[key][0])
+    return values
 
 
 def describe() -> str:

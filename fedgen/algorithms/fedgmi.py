@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -199,7 +199,7 @@ def fedgmi(
     if vae is None:
         vae = perceptrons(density, likelihood, hidden, latent)
 
-    def density_of(shape, num_classes):
+    def kind_of(shape, num_classes):
         return Density(vae(tuple(shape), num_classes), likelihood, density)
 
     def features_of(pool, num_classes):
@@ -222,7 +222,7 @@ def fedgmi(
             )
         model = federation.only_model("FedGMI")
         c, (cohort,) = federation.num_classes, federation.cohorts
-        kind = density_of(federation.pool.x.shape[1:], c)
+        kind = kind_of(federation.pool.x.shape[1:], c)
         components = Components(
             tree.broadcast(kind.vae.init(jax.random.fold_in(key, 1)), num_components),
             tree.broadcast(model.init(key), num_components),
@@ -258,7 +258,7 @@ def fedgmi(
         """Return `(key, batch) -> [b, k]`, log densities under all components."""
 
         def of_batch(key, batch):
-            kind = density_of(batch.x.shape[1:], context.num_classes)
+            kind = kind_of(batch.x.shape[1:], context.num_classes)
             return kind.joint(context.model, components, key, batch, num_samples)
 
         return of_batch
@@ -312,7 +312,7 @@ def fedgmi(
         data = _vae_mixture.subset(keys[0], data, max_samples)
         scale = size / jnp.maximum(data.size, 1)
         r, proportions = e_step(stage, context, features, keys[1], shared, data)
-        kind = density_of(data.pool.x.shape[1:], context.num_classes)
+        kind = kind_of(data.pool.x.shape[1:], context.num_classes)
 
         def vae_loss(params, batch, key):
             y = batch.y if density == "cvae" else None
@@ -410,7 +410,7 @@ def fedgmi(
             return context.model.apply(mean, x)
         log_weight = _components.log_shares(proportions)[None]
         if gate == "posterior":
-            kind = density_of(x.shape[1:], context.num_classes)
+            kind = kind_of(x.shape[1:], context.num_classes)
             # The same noise for all inputs' components, and no key to be given.
             log_weight += kind.marginal(components, jax.random.key(0), x, num_samples)
         log_weight = jax.nn.log_softmax(log_weight)
@@ -431,6 +431,16 @@ def fedgmi(
         prepare=prepare if num_components is None else None,
     )
     return algorithm
+
+
+def density_of(
+    shape: tuple[int, ...], num_classes: int, settings: Mapping[str, Any]
+) -> Density:
+    """Return how the components of a run with these hyper-parameters give densities."""
+    names = ("density", "likelihood", "hidden", "latent")
+    density, likelihood, *sizes = (settings[name] for name in names)
+    vae = perceptrons(density, likelihood, *sizes)(tuple(shape), num_classes)
+    return Density(vae, likelihood, density)
 
 
 def perceptrons(

@@ -1,4 +1,4 @@
-"""What users of FedGMI ask: proportions, and how far off they are."""
+"""What users of FedGMI ask: proportions, how far off they are, and samples."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedgen.aggregators import mixture
+from fedgen.algorithms._vae_mixture import Components, Density
 from fedgen.core import execution as execution_lib
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.execution import Execution
@@ -51,3 +53,62 @@ def proportion_error(estimate: jax.Array, truth: jax.Array) -> jax.Array:
     """
     order = mixture.match_proportions(estimate, truth)
     return jnp.mean(mixture.total_variation(estimate[:, order], truth))
+
+
+def true_proportions(
+    domain: np.ndarray, federation: Federation, num_components: int
+) -> np.ndarray:
+    """Count the inherent distributions of what clients train on.
+
+    Args:
+      domain: `[rows]` inherent distribution of every pool row.
+      federation: One cohort.
+      num_components: k.
+
+    Returns:
+      `[n, k]`, zeros for a client without samples.
+    """
+    (cohort,) = federation.cohorts
+    order, start, size = map(
+        np.asarray, (cohort.order, cohort.train.start, cohort.train.size)
+    )
+    held = (domain[order[s : s + t]] for s, t in zip(start, size, strict=True))
+    count = np.stack([np.bincount(rows, minlength=num_components) for rows in held])
+    return count / np.maximum(size, 1)[:, None]
+
+
+def generate(
+    kind: Density,
+    components: Components,
+    key: jax.Array,
+    count: int,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Let every component's VAE generate samples.
+
+    Args:
+      kind: How components give densities.
+      components: Of the server.
+      key: Consumed; all components decode the same codes.
+      count: Samples of each, `g`.
+      shape: Of one sample.
+
+    Returns:
+      `[k, g, ...]` means of the decoder, in the units of inputs; a conditional VAE
+      takes labels by their frequencies.
+    """
+    code_key, label_key = jax.random.split(key)
+    label = jnp.zeros(1, jnp.int32) if kind.kind == "cvae" else None
+    vae = jax.tree.map(lambda a: a[0], components.vaes)
+    code, _ = jax.eval_shape(kind.vae.encode, vae, jnp.zeros((1, *shape)), label)
+    z = jax.random.normal(code_key, (count, code.shape[1]))
+
+    def of_one(vae, labels):
+        y = None
+        if kind.kind == "cvae":
+            y = jax.random.categorical(label_key, jnp.log(labels), shape=(count,))
+        out = kind.vae.decode(vae, z, y)
+        mean = out if kind.likelihood == "normal" else 2 * jax.nn.sigmoid(out) - 1
+        return mean.reshape(count, *shape)
+
+    return jax.vmap(of_one)(components.vaes, components.labels)

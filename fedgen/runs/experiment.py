@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.metadata
+import json
 import pathlib
 import platform
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import rich.console
 import rich.progress
 
+from fedgen.core.algorithm import Algorithm, State
 from fedgen.runs import build, leg, plots, report, tables, workdir
 from fedgen.runs import config as config_lib
 from fedgen.runs.config import Config
@@ -86,6 +88,30 @@ def run(
     console.print(tables.comparison(summary))
     console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
     return {**summary, "workdir": str(path)}
+
+
+class Finished(NamedTuple):
+    """A run as it ended, to look at or to go on from."""
+
+    config: Config
+    setup: build.Setup
+    algorithm: Algorithm
+    state: State
+
+
+def load(folder: str | pathlib.Path) -> Finished:
+    """Read a run back: its data, its algorithm and the state of its last round.
+
+    Raises:
+      ValueError: If the folder holds no finished run with a checkpoint.
+    """
+    path = pathlib.Path(folder)
+    if not (path / "summary.json").exists():
+        raise ValueError(f"{path} must be the folder of a finished run, got no summary")
+    stored = json.loads((path / "config.json").read_text())["flags"]
+    config = Config(**{**stored, "baselines": tuple(stored["baselines"])})
+    setup = build.build(config)
+    return Finished(config, setup, *leg.restore(config.algorithm, setup, config, path))
 
 
 def environment(setup: build.Setup) -> dict[str, Any]:

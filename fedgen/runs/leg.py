@@ -28,7 +28,7 @@ from fedgen.core.compiling import compile_ahead
 from fedgen.core.evaluate import Evaluation, Scores
 from fedgen.core.execution import Execution, state_shardings
 from fedgen.core.rounds import Report, Traffic
-from fedgen.runs import workdir
+from fedgen.runs import build, workdir
 from fedgen.runs.build import Setup
 from fedgen.runs.config import Config
 
@@ -97,6 +97,28 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
         rounds.traffic(algorithm, federation, like),
         length,
         time.perf_counter() - start,
+    )
+
+
+def restore(
+    name: str, setup: Setup, config: Config, folder: pathlib.Path
+) -> tuple[Algorithm, State]:
+    """Read the newest state of an algorithm back from the folder it was trained in.
+
+    Raises:
+      ValueError: If the folder holds no sound checkpoint.
+    """
+    algorithm = build.build_algorithm(config, name).prepared(setup.federation)
+    init = rounds.make_init(algorithm, setup.execution)
+    like = jax.eval_shape(init, run_keys(config.seed)[0], setup.federation)
+    place, reasons = folder.absolute() / "checkpoints", []
+    if place.is_dir():
+        with Checkpoints(place) as checkpoints:
+            found = checkpoints.restore(_place(like, setup.execution), reasons.append)
+        if found is not None:
+            return algorithm, found[0]
+    raise ValueError(
+        "; ".join(reasons) or f"{folder} must hold the checkpoints of a run, got none"
     )
 
 

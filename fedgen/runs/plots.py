@@ -319,6 +319,74 @@ def partition(counts: np.ndarray, path: Path) -> Path:
         return _save(figure, path)
 
 
+def proportions(
+    truth: np.ndarray,
+    estimate: np.ndarray,
+    path: Path,
+    *,
+    newcomers: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Path:
+    """Draw estimated against true proportions, a panel for every component.
+
+    Its title says how far the estimates of trained clients are off on average.
+
+    Args:
+      truth: `[n, k]` what clients hold, components in the order of `estimate`.
+      estimate: `[n, k]`.
+      path: Where to write the PNG.
+      newcomers: The same two of clients that did not train.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: If the shapes differ.
+    """
+    groups = [("trained", "o", _COLOURS[0], truth, estimate)]
+    if newcomers is not None:
+        groups.append(("new", "D", _COLOURS[2], *newcomers))
+    for what, _, _, *pair in groups:
+        shapes = [np.shape(a) for a in pair]
+        if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+            raise ValueError(
+                f"proportions of {what} clients must both be [n, k], got {shapes}"
+            )
+    k = np.shape(truth)[1]
+    columns = min(k, 4)
+    rows = -(-k // columns)
+    with style.context(_STYLE):
+        side = WIDTH / columns
+        height = 0.9 + rows * (side + 0.1)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for number, axes in enumerate(grid.flat):
+            if number >= k:
+                axes.set_axis_off()
+                continue
+            axes.plot([0, 1], [0, 1], color="0.6", lw=0.8, zorder=1)
+            for what, marker, colour, true, found in groups:
+                axes.plot(
+                    np.asarray(true)[:, number],
+                    np.asarray(found)[:, number],
+                    marker,
+                    ms=4,
+                    color=colour,
+                    mec="white",
+                    mew=0.5,
+                    label=f"{what} clients",
+                    zorder=2,
+                )
+            error = np.mean(np.abs(np.subtract(truth, estimate)[:, number]))
+            axes.set_title(f"{number}: off by {error:.3f}")
+            axes.set_aspect("equal")
+            axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        figure.supxlabel("true proportion of the component", size=9)
+        figure.supylabel("estimated proportion", size=9)
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
+        return _save(figure, path)
+
+
 def samples(
     generated: np.ndarray,
     nearest: np.ndarray,

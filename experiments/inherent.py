@@ -1,0 +1,153 @@
+"""Look at what FedGMI found: proportions of clients, densities, generated samples.
+
+Takes the folders of finished runs of `fedgmi` with --partition=mixture, those of
+experiments.run or experiments.compare. Prints one line a run, and writes into each
+folder inherent.json, proportions.png and components.png.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments import run
+from fedgen import algorithms
+from fedgen.aggregators import mixture
+from fedgen.algorithms import fedgmi_estimates
+from fedgen.algorithms.fedgmi import density_of
+from fedgen.core import federation as federation_lib
+from fedgen.core.federation import Federation
+from fedgen.runs import experiment, generators, plots, workdir
+
+RUNS = flags.DEFINE_list("runs", [], "Folders of the runs to look at.")
+SAMPLES = flags.DEFINE_integer("samples_each", 200, "Samples that components generate.")
+
+_ROWS = 2000  # of the training, and of the test rows, that densities are averaged over
+
+
+def check(folder: str) -> None:
+    """Refuse what is no finished run of `fedgmi` on inherent distributions.
+
+    Raises:
+      ValueError: If it is none.
+    """
+    path = pathlib.Path(folder)
+    if not (path / "summary.json").exists():
+        raise ValueError(f"runs must be folders of finished runs, got {folder}")
+    stored = json.loads((path / "config.json").read_text())["flags"]
+    for name, wanted in (("algorithm", "fedgmi"), ("partition", "mixture")):
+        if stored[name] != wanted:
+            raise ValueError(
+                f"runs must have --{name}={wanted}, got {stored[name]} in {folder}"
+            )
+
+
+def held(federation: Federation, part: str) -> np.ndarray:
+    """Collect up to `_ROWS` samples `[s, ...]` of all clients, as models see them."""
+    (cohort,) = federation.cohorts
+    rows = getattr(cohort, part)
+    order = np.asarray(cohort.order)
+    runs = zip(np.asarray(rows.start), np.asarray(rows.size), strict=True)
+    index = np.concatenate([order[start : start + size] for start, size in runs])
+    index = np.random.default_rng(0).permutation(index)[:_ROWS]
+    return np.asarray(federation_lib.normalise(federation.pool.x[index]))
+
+
+def look(folder: str, count: int) -> dict[str, Any]:
+    """Measure one run, and draw its pictures."""
+    config, setup, algorithm, state = experiment.load(folder)
+    path, key = pathlib.Path(folder), jax.random.key(config.seed)
+    components = state.server.shared.components
+    k = jax.tree.leaves(components)[0].shape[0]
+    estimate = jax.jit(fedgmi_estimates.make_proportions(algorithm, setup.execution))
+    known = max(k, int(setup.domain.max()) + 1)  # there may be more than were found
+    pairs = []
+    for federation in (setup.federation, setup.newcomers):
+        if federation is not None:
+            found = np.asarray(estimate(state, federation, key))
+            real = np.asarray(federation.cohorts[0].ids) >= 0
+            found = np.pad(found, ((0, 0), (0, known - k)))[real]
+            truth = fedgmi_estimates.true_proportions(setup.domain, federation, known)
+            pairs.append((truth[real], found))
+    # Newcomers are scored by the order that fits those who trained.
+    truth, found = pairs[0]
+    order = np.asarray(
+        mixture.match_proportions(jnp.asarray(found), jnp.asarray(truth))
+    )
+    pairs = [(truth, found[:, order]) for truth, found in pairs]
+    error = [
+        np.asarray(mixture.total_variation(jnp.asarray(a), jnp.asarray(b)))
+        for a, b in pairs
+    ]
+    plots.proportions(
+        *pairs[0], path / "proportions.png", newcomers=pairs[1] if pairs[1:] else None
+    )
+
+    settings = algorithms.settings("fedgmi", config.hyperparameters)
+    shape = setup.federation.pool.x.shape[1:]
+    kind = density_of(shape, setup.federation.num_classes, settings)
+    generated = fedgmi_estimates.generate(kind, components, key, count, shape)
+    train, test = held(setup.federation, "train"), held(setup.federation, "test")
+    num_samples = settings["num_samples"]
+
+    @jax.jit
+    def log_density(x):
+        return kind.marginal(components, key, jnp.asarray(x), num_samples)
+
+    report = generators.density_report(log_density, generated, train, test)
+    if len(shape) == 3 and shape[2] in (1, 3):
+        plots.samples(
+            np.asarray(generated[:, :8]),
+            train[report.nearest[:, :8]],
+            path / "components.png",
+        )
+    uniform = 0.5 * np.abs(truth - 1 / known).sum(axis=1)
+    measured = {
+        "num_components": k,
+        "total_variation": float(np.mean(error[0])),
+        "total_variation_uniform": float(np.mean(uniform)),
+        "total_variation_new": float(np.mean(error[1])) if error[1:] else None,
+        "density": report.summary(),
+    }
+    workdir.write_json(path / "inherent.json", measured)
+    return measured
+
+
+def main(argv: Sequence[str]) -> None:
+    """Look at all runs."""
+
+    def work() -> None:
+        if not RUNS.value or SAMPLES.value < 1:
+            raise ValueError(
+                "runs must name a folder and samples_each be at least 1, got "
+                f"{RUNS.value} and {SAMPLES.value}"
+            )
+        for folder in RUNS.value:
+            check(folder)
+        sys.stdout.write(
+            "| run | k | TV | TV of a uniform guess | TV of new clients |\n"
+        )
+        sys.stdout.write("|---|---:|---:|---:|---:|\n")
+        for folder in RUNS.value:
+            found = look(folder, SAMPLES.value)
+            new = found["total_variation_new"]
+            sys.stdout.write(
+                f"| {folder} | {found['num_components']} | "
+                f"{found['total_variation']:.4f} | "
+                f"{found['total_variation_uniform']:.4f} | "
+                f"{'' if new is None else f'{new:.4f}'} |\n"
+            )
+
+    run.guard(argv, work)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=run.parse)
