@@ -16,6 +16,7 @@ from fedgen.algorithms.fedavg import fedadam, fedavg, fedyogi
 from fedgen.algorithms.fedavg_ft import fedavg_ft
 from fedgen.algorithms.fedavg_gaussian import fedavg_gaussian
 from fedgen.algorithms.fedem import fedem
+from fedgen.algorithms.fedgmi import fedgmi
 from fedgen.algorithms.fedgmm import fedgmm
 from fedgen.algorithms.fedper import fedper
 from fedgen.algorithms.fedproto import fedproto
@@ -24,6 +25,7 @@ from fedgen.algorithms.ifca import ifca
 from fedgen.algorithms.local_only import local_only
 from fedgen.algorithms.pfedfda import pfedfda
 from fedgen.algorithms.pfedgm import pfedgm
+from fedgen.algorithms.pfedgpa import pfedgpa
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.fit import Schedule
 
@@ -38,6 +40,7 @@ REGISTRY: dict[str, Factory] = {
         fedavg_ft,
         fedavg_gaussian,
         fedem,
+        fedgmi,
         fedgmm,
         fedper,
         fedprox,
@@ -47,6 +50,7 @@ REGISTRY: dict[str, Factory] = {
         local_only,
         pfedfda,
         pfedgm,
+        pfedgpa,
     )
 }
 

@@ -52,10 +52,14 @@ def fedavg_ft(
         tuned, _ = fit.fit(loss, optimizer, tuned, key, data, finetuning)
         return {**params, **tuned}
 
+    def receive(context, client, params):
+        del context, client
+        return params
+
     def predict(context, server, client, x):
         del server
         return context.model.apply(client, x)
 
     return fedavg(optimizer, schedule)._replace(
-        personalise=personalise, predict=predict
+        personalise=personalise, predict=predict, receive=receive
     )

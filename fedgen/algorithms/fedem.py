@@ -16,11 +16,16 @@ over clients. With one predictor this is FedAvg.
   is the mass sum_s q_s(k), as in FedGMM's code (`"mass"`).
 - A client takes further E- and pi-steps with the newest download before its model is
   used. That is all that unseen clients do: no model is trained for them.
+- `counting="hard"` gives every sample to the predictor of least loss alone, whatever
+  the proportions, which are then shares of a count: the way in which FedSoft (Ruan and
+  Joe-Wong, AAAI 2022) estimates how a client mixes clusters. The rest of FedSoft, one
+  local model drawn to all clusters' at once, is not here.
 - The server's one model mixes the predictors in equal shares, the start of all pi.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -30,6 +35,7 @@ from fedgen.core.algorithm import Algorithm
 from fedgen.core.fit import Schedule
 
 WEIGHTINGS = ("size", "mass")
+COUNTINGS = ("soft", "hard")
 
 
 def fedem(
@@ -38,6 +44,7 @@ def fedem(
     *,
     num_components: int = 3,
     weighting: str = "size",
+    counting: str = "soft",
     adapt_steps: int = 10,
 ) -> Algorithm:
     """Build FedEM.
@@ -48,6 +55,8 @@ def fedem(
       num_components: Predictors k, at least 1.
       weighting: Whether the server weighs a client's model k by its samples, "size",
         or by those that are due to k, "mass".
+      counting: Whether a sample is shared among predictors, "soft", or belongs to one,
+        "hard".
       adapt_steps: E- and pi-steps before a client's model is used, at least 0.
 
     Raises:
@@ -56,6 +65,7 @@ def fedem(
     _options.check_at_least(1, num_components=num_components)
     _options.check_at_least(0, adapt_steps=adapt_steps)
     _options.check_choice("weighting", weighting, WEIGHTINGS)
+    _options.check_choice("counting", counting, COUNTINGS)
     uniform = jnp.full(num_components, 1 / num_components, jnp.float32)
 
     def init(key, federation):
@@ -68,6 +78,9 @@ def fedem(
 
         def of_batch(proportions, batch):
             log_density = -_components.losses(context.model, components, batch)
+            if counting == "hard":
+                best = jnp.argmax(log_density, axis=1)
+                return batch.mask[:, None] * jax.nn.one_hot(best, num_components)
             return _components.responsibilities(log_density, proportions, batch.mask)
 
         return of_batch

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+
+if TYPE_CHECKING:
+    from fedgen.core.federation import Federation
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -65,7 +68,7 @@ class Algorithm(NamedTuple):
     """A federated algorithm: five pure functions, written for ONE client.
 
     The engine owns the rest: who takes part, vmap, chunks, devices, masks, keys,
-    bytes, checkpoints. Two optional fields serve papers that need more.
+    bytes, checkpoints. The optional fields serve papers that need more.
 
     Attributes:
       init: `(key, federation) -> (server, clients)`, with one entry of `clients`
@@ -85,6 +88,10 @@ class Algorithm(NamedTuple):
         papers that ask the clients again after averaging.
       predict_global: `(context, server, x) -> logits` of the one model that the
         server would hand to anybody, or None if there is no such model.
+      receive: `(context, client, message) -> client`, the same client without what
+        `personalise` does to the download, to be scored beside it; or None.
+      prepare: `federation -> algorithm`, called once before anything is traced, by
+        algorithms with sizes that only clients' data tell, as a number of clusters.
     """
 
     init: Callable[..., tuple[PyTree, tuple[PyTree, ...]]]
@@ -95,6 +102,12 @@ class Algorithm(NamedTuple):
     personalise: Callable[..., PyTree] = keep_client
     more: tuple[Exchange, ...] = ()
     predict_global: Callable[..., jax.Array] | None = None
+    receive: Callable[..., PyTree] | None = None
+    prepare: Callable[..., Algorithm] | None = None
+
+    def prepared(self, federation: Federation) -> Algorithm:
+        """Return the algorithm with its sizes settled, itself if they are already."""
+        return self if self.prepare is None else self.prepare(federation)
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:

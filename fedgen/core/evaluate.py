@@ -26,6 +26,7 @@ class Scores(NamedTuple):
     correct: jax.Array  # [n] int32 hits of the client's own model
     loss: jax.Array  # [n] float32 summed cross entropy of the client's own model
     global_correct: jax.Array  # [n] int32 hits of the server's one model
+    received_correct: jax.Array  # [n] int32 hits of the download, before `personalise`
 
 
 class Evaluation(NamedTuple):
@@ -177,29 +178,36 @@ def _score(
 
     def one(id_, train, validation, test, client):
         message = algorithm.download(context, server, id_)
+        received = algorithm.receive and algorithm.receive(context, client, message)
         client = algorithm.personalise(
             context, jax.random.fold_in(key, id_), client, message, data_of(train)
         )
 
         def add(scores, batch):
             logits = algorithm.predict(context, server, client, batch.x)
-            if algorithm.predict_global is None:
-                whole = jnp.zeros_like(logits)
-            else:
-                whole = algorithm.predict_global(context, server, batch.x)
             real = batch.mask > 0
+
+            def hits(logits):
+                return jnp.sum(real & (jnp.argmax(logits, -1) == batch.y))
+
+            whole = before = jnp.int32(0)
+            if algorithm.predict_global is not None:
+                whole = hits(algorithm.predict_global(context, server, batch.x))
+            if algorithm.receive is not None:
+                before = hits(algorithm.predict(context, server, received, batch.x))
             loss = optax.losses.softmax_cross_entropy_with_integer_labels(
                 logits, batch.y
             )
             return Scores(
                 scores.count + jnp.sum(real),
-                scores.correct + jnp.sum(real & (jnp.argmax(logits, -1) == batch.y)),
+                scores.correct + hits(logits),
                 scores.loss + jnp.sum(jnp.where(real, loss, 0.0)),
-                scores.global_correct
-                + jnp.sum(real & (jnp.argmax(whole, -1) == batch.y)),
+                scores.global_correct + whole,
+                scores.received_correct + before,
             )
 
-        zeros = Scores(jnp.int32(0), jnp.int32(0), jnp.float32(0.0), jnp.int32(0))
+        none = jnp.int32(0)
+        zeros = Scores(none, none, jnp.float32(0.0), none, none)
         return Evaluation(
             *(
                 fit.fold(add, zeros, data_of(rows), batch_size)

@@ -7,6 +7,7 @@ a model as a static argument are compiled once.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Sequence
 
 from fedgen.core.federation import Model
@@ -14,7 +15,15 @@ from fedgen.models.cnn import cnn, small_cnn
 from fedgen.models.mlp import mlp
 from fedgen.models.resnet import resnet8, resnet18
 
-__all__ = ["MODELS", "build", "cnn", "mlp", "resnet8", "resnet18", "small_cnn"]
+__all__ = [
+    "MODELS",
+    "build",
+    "cnn",
+    "mlp",
+    "resnet8",
+    "resnet18",
+    "small_cnn",
+]
 
 MODELS: dict[str, Callable[..., Model]] = {
     "mlp": mlp,
@@ -25,21 +34,36 @@ MODELS: dict[str, Callable[..., Model]] = {
 }
 
 
-def build(name: str, input_shape: Sequence[int], num_classes: int) -> Model:
-    """Build a registered model in its usual width.
+def find(name: str) -> Callable[..., Model]:
+    """Look up a builder `(input_shape, num_classes) -> Model` by name.
 
     Args:
-      name: A key of `MODELS`.
+      name: A key of `MODELS`, or `mlp` with a number of hidden units, as `mlp32`.
+
+    Raises:
+      ValueError: If the name is unknown; it proposes the nearest.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    hidden = name.removeprefix("mlp")
+    if name.startswith("mlp") and hidden.isdecimal():
+        return functools.partial(mlp, hidden=int(hidden))
+    near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
+    raise ValueError(
+        f"unknown model {name!r}, did you mean {near[0]!r}? Known: "
+        f"{', '.join(MODELS)}, and mlp with a number of hidden units, as mlp32"
+    )
+
+
+def build(name: str, input_shape: Sequence[int], num_classes: int) -> Model:
+    """Build a model by name, in its usual width if the name gives none.
+
+    Args:
+      name: As for `find`.
       input_shape: Shape of one sample; images are `(height, width, channels)`.
       num_classes: Number of logits.
 
     Raises:
       ValueError: If the name is unknown or the input does not suit the model.
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
-        raise ValueError(
-            f"unknown model {name!r}, did you mean {near[0]!r}? "
-            f"Known: {', '.join(MODELS)}"
-        )
-    return MODELS[name](tuple(map(int, input_shape)), int(num_classes))
+    return find(name)(tuple(map(int, input_shape)), int(num_classes))

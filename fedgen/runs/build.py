@@ -26,6 +26,7 @@ class Setup(NamedTuple):
     federation: Federation
     newcomers: Federation | None
     counts: np.ndarray  # [n, c] training samples of the clients that train
+    domain: np.ndarray | None  # [rows] inherent distribution of every pool row
     sampler: Sampler
     execution: Execution
 
@@ -45,7 +46,7 @@ def build(config: Config) -> Setup:
     )
 
     total = config.num_clients + config.new_clients
-    source, owner = _deal(config, total)
+    source, owner, domain = _deal(config, total)
     if config.corruptions:
         source = source._replace(
             x=shift.corrupt_clients(
@@ -80,6 +81,7 @@ def build(config: Config) -> Setup:
         if config.new_clients
         else None,
         counts[: config.num_clients],
+        domain,
         sampler,
         Execution(chunk, mesh),
     )
@@ -102,12 +104,16 @@ def build_algorithm(config: Config, name: str) -> Algorithm:
     return algorithms.make(name, optimizer, schedule, own)
 
 
-def _deal(config: Config, num_clients: int) -> tuple[Source, np.ndarray]:
-    """Load the samples and give each an owner, `[s]`."""
+def _deal(
+    config: Config, num_clients: int
+) -> tuple[Source, np.ndarray, np.ndarray | None]:
+    """Load the samples and give each an owner, `[s]`, and an inherent distribution."""
     source = sources.load(config.dataset, config.data_dir)
     domain = None
     if config.partition == "mixture":
         source, domain = _inherent(config, source)
+    if config.samples:
+        source, domain = _some(config, source, domain)
     owner = partition.partition(
         config.partition,
         source.y,
@@ -118,7 +124,26 @@ def _deal(config: Config, num_clients: int) -> tuple[Source, np.ndarray]:
         min_size=config.min_size,
         domain=domain,
     )
-    return source, owner
+    return source, owner, domain
+
+
+def _some(
+    config: Config, source: Source, domain: np.ndarray | None
+) -> tuple[Source, np.ndarray | None]:
+    """Draw as many samples as the flags ask for."""
+    total = len(source.y)
+    if config.samples > total:
+        raise ValueError(
+            f"samples must be at most the {total} of {source.name}, "
+            f"got {config.samples}"
+        )
+    rows = np.random.default_rng(config.seed).permutation(total)[: config.samples]
+    some = source._replace(
+        x=source.x[rows],
+        y=source.y[rows],
+        users=None if source.users is None else source.users[rows],
+    )
+    return some, None if domain is None else domain[rows]
 
 
 def _inherent(config: Config, source: Source) -> tuple[Source, np.ndarray]:

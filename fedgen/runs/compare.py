@@ -35,13 +35,15 @@ TUNABLE = (
     "rounds",
 )
 
+OWN = (*TUNABLE, "model")  # flags that a method may set for itself
+
 
 class Method(NamedTuple):
-    """One line of a comparison: an algorithm, with hyper-parameters of its own."""
+    """One line of a comparison: an algorithm, with settings of its own."""
 
-    name: str  # as asked for: algorithm[:hyperparameter=value...]
+    name: str  # as asked for: algorithm[:setting=value...]
     algorithm: str
-    fixed: dict[str, str]
+    fixed: dict[str, str]  # hyper-parameters, and flags of `OWN`
 
 
 class Row(NamedTuple):
@@ -53,6 +55,7 @@ class Row(NamedTuple):
     per_seed: np.ndarray  # [seeds] means over clients
     worst_decile: float  # mean over seeds
     global_accuracy: float | None  # mean over seeds
+    received: float | None = None  # mean over seeds, of models not yet personalised
 
 
 def compare(
@@ -68,8 +71,8 @@ def compare(
     Args:
       base: The flags that all runs share.
       names: Algorithms, the first being the one that the others are compared with;
-        `algorithm:name=value:...` fixes hyper-parameters, so that one algorithm can
-        have several lines.
+        `algorithm:name=value:...` fixes hyper-parameters, or flags of `OWN`, so that
+        one algorithm can have several lines.
       seeds: Number of seeds, counted from `base.seed`.
       grid: Values to try, by the name of a flag, for all algorithms, or by
         `algorithm.hyperparameter`, for one.
@@ -124,18 +127,28 @@ def to_markdown(rows: Sequence[Row]) -> str:
         f"{rows[0].name} minus it | tuned |",
         "|---|---:|---:|---:|---:|---|",
     ]
+    both = any(row.received is not None for row in rows)
+    if both:
+        lines = [
+            lines[0].replace(" worst", " as received | worst"),
+            lines[1].replace("|---:", "|---:|---:", 1),
+        ]
     for row in rows:
         by_seed = ", ".join(f"{100 * a:+.1f}" for a in rows[0].per_seed - row.per_seed)
         gap = "" if row is rows[0] else f"{difference(rows[0], row)} ({by_seed})"
-        whole = row.global_accuracy
         lines.append(
             f"| {row.name} | {100 * row.per_seed.mean():.1f} "
             f"({', '.join(f'{100 * a:.1f}' for a in row.per_seed)}) | "
+            f"{_percent(row.received) + ' | ' if both else ''}"
             f"{100 * row.worst_decile:.1f} | "
-            f"{'' if whole is None else f'{100 * whole:.1f}'} | {gap} | "
+            f"{_percent(row.global_accuracy)} | {gap} | "
             f"{', '.join(f'{k}={v}' for k, v in row.chosen.items())} |"
         )
     return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def difference(a: Row, b: Row) -> str:
@@ -156,7 +169,7 @@ def _parse(name: str) -> Method:
         key, _, value = setting.partition("=")
         if not key or not value or key in fixed:
             raise ValueError(
-                "a method must be algorithm[:hyperparameter=value...], each once, "
+                "a method must be algorithm[:setting=value...], each once, "
                 f"got {name!r}"
             )
         fixed[key] = value
@@ -170,19 +183,20 @@ def _candidates(
     axes = {}
     for key, values in grid.items():
         algorithm, _, own = key.rpartition(".")
-        if not algorithm or (algorithm == method.algorithm and own not in method.fixed):
+        if algorithm in ("", method.algorithm) and own not in method.fixed:
             axes[own] = values
     for point in itertools.product(*axes.values()):
         chosen = dict(zip(axes, point, strict=True))
-        flags = {k: _typed(k, v) for k, v in chosen.items() if k in TUNABLE}
-        own = {k: v for k, v in chosen.items() if k not in TUNABLE}
+        settings = method.fixed | chosen
+        flags = {k: _typed(k, v) for k, v in settings.items() if k in OWN}
+        own = {k: v for k, v in settings.items() if k not in OWN}
         yield (
             chosen,
             dataclasses.replace(
                 base,
                 algorithm=method.algorithm,
                 baselines=(),
-                hyperparameters={**method.fixed, **own},
+                hyperparameters=own,
                 **flags,
             ),
         )
@@ -194,7 +208,7 @@ def _typed(key: str, value: str) -> Any:
         return kind(value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"grid {key} must hold values of type {kind.__name__}, got {value!r}"
+            f"{key} must be of type {kind.__name__}, got {value!r}"
         ) from None
 
 
@@ -257,6 +271,8 @@ def _try(
 def _row(name: str, chosen: dict[str, str], summaries: list[dict[str, Any]]) -> Row:
     accuracy = [s["personal_accuracy"] for s in summaries]
     whole = [s["global_accuracy"] for s in summaries]
+    # None, or not there in runs of earlier versions.
+    received = [(s.get("received_accuracy") or {}).get("mean") for s in summaries]
     return Row(
         name,
         chosen,
@@ -264,4 +280,5 @@ def _row(name: str, chosen: dict[str, str], summaries: list[dict[str, Any]]) -> 
         np.array([a["mean"] for a in accuracy]),
         float(np.mean([a["worst_decile"] for a in accuracy])),
         None if None in whole else float(np.mean(whole)),
+        None if None in received else float(np.mean(received)),
     )

@@ -43,6 +43,7 @@ class Config:
         "or a folder of IDX or .npz files.",
     )
     data_dir: str | None = _flag(None, "Folder of prepared TFDS data sets.")
+    samples: int = _flag(0, "Samples of the data set to use, drawn by chance; 0: all.")
     partition: str = _flag(
         "dirichlet", f"How clients differ: {', '.join(partition.PARTITIONS)}."
     )
@@ -111,6 +112,7 @@ class Config:
             "devices",
             "new_clients",
             "min_size",
+            "samples",
             "seed",
         )
         for name in natural:
@@ -140,7 +142,7 @@ class Config:
             nearest("baseline", name, algorithms.REGISTRY)
         nearest("partition", self.partition, partition.PARTITIONS)
         for name in self.model.split(","):
-            nearest("model", name, models.MODELS)
+            models.find(name)
         for kind in self.corruptions:
             nearest("corruption", kind, shift.CORRUPTIONS)
         repeated = {n for n in self.baselines if self.baselines.count(n) > 1}

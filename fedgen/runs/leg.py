@@ -67,6 +67,7 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
     federation, execution = setup.federation, setup.execution
     init_key, round_key, _ = run_keys(config.seed)
     start = time.perf_counter()
+    algorithm = algorithm.prepared(federation)
     init = rounds.make_init(algorithm, execution)
     like = _place(jax.eval_shape(init, init_key, federation), execution)
     round_fn = rounds.make_round(algorithm, setup.sampler, execution)
@@ -220,10 +221,12 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def accuracy(scores: Scores) -> np.ndarray:
     """Divide hits by rows, `[n]`; NaN for a client without rows."""
-    count = np.asarray(scores.count)
-    return np.where(
-        count > 0, np.asarray(scores.correct) / np.maximum(count, 1), np.nan
-    )
+    return _share(scores.correct, scores.count)
+
+
+def _share(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
+    correct, count = np.asarray(correct), np.asarray(count)
+    return np.where(count > 0, correct / np.maximum(count, 1), np.nan)
 
 
 def spread(per_client: np.ndarray) -> dict[str, float | None]:
@@ -305,6 +308,19 @@ def _global_accuracy(algorithm: Algorithm, scores: Scores) -> float | None:
     return int(np.sum(scores.global_correct)) / rows
 
 
+def _received_accuracy(algorithm: Algorithm, scores: Scores) -> np.ndarray | None:
+    """Return the accuracies `[n]` of the downloads as they are, if they are models."""
+    if algorithm.receive is None:
+        return None
+    return _share(scores.received_correct, scores.count)
+
+
+def _with_clients(per_client: np.ndarray) -> dict[str, Any]:
+    """Summarise accuracies and list them, null for clients without test rows."""
+    listed = [None if math.isnan(a) else float(a) for a in per_client]
+    return {**spread(per_client), "per_client": listed}
+
+
 def _evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) -> Line:
     validation, test = jax.device_get(evaluation)
     bad = np.flatnonzero(~np.isfinite(validation.loss + test.loss))
@@ -314,8 +330,10 @@ def _evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) ->
             "finite"
         )
     rows = int(np.sum(test.count))
+    received = _received_accuracy(algorithm, test)
     return {
         "personal_accuracy": spread(accuracy(test)),
+        "received_accuracy": None if received is None else spread(received)["mean"],
         "validation_accuracy": spread(accuracy(validation))["mean"],
         "personal_loss": float(np.sum(test.loss)) / max(rows, 1),
         "global_accuracy": _global_accuracy(algorithm, test),
@@ -326,7 +344,7 @@ def _summarise(
     leg: Leg, config: Config, lines: list[Line], evaluation: Evaluation
 ) -> dict[str, Any]:
     test = jax.device_get(evaluation).test
-    per_client = accuracy(test)
+    received = _received_accuracy(leg.algorithm, test)
     evaluated = [line for line in lines if "personal_accuracy" in line]
     scored = [line for line in evaluated if line["validation_accuracy"] is not None]
     # The first of equal rounds: ties must not favour longer training.
@@ -338,10 +356,8 @@ def _summarise(
     return {
         "algorithm": leg.name,
         "rounds": config.rounds,
-        "personal_accuracy": {
-            **spread(per_client),
-            "per_client": [None if math.isnan(a) else float(a) for a in per_client],
-        },
+        "personal_accuracy": _with_clients(accuracy(test)),
+        "received_accuracy": None if received is None else _with_clients(received),
         "validation_accuracy": {
             "mean": evaluated[-1]["validation_accuracy"] if evaluated else None
         },

@@ -71,6 +71,7 @@ COLUMNS = (
     Column("personal_mean", "Personal accuracy (%)", "mean", percent),
     Column("personal_std", "Personal accuracy (%)", "std", percent),
     Column("worst_decile", "Personal accuracy (%)", "worst decile", percent),
+    Column("received", "Personal accuracy (%)", "as received", percent),
     Column("gain", "Personal accuracy (%)", f"vs {LOCAL_ONLY} (points)", points),
     Column("global_accuracy", "Global accuracy (%)", "", percent),
     Column("new_clients", "New clients (%)", "", percent),
@@ -84,6 +85,9 @@ COLUMNS = (
     Column("steady_seconds", "Time (s)", "steady", quantity),
     Column("peak_mib", "Peak memory (MiB)", "", quantity),
 )
+
+# New clients, and models before `Algorithm.personalise`, are not for every run.
+OPTIONAL = ("new_clients", "received")
 
 
 def methods(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -102,9 +106,9 @@ def methods(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """Return `COLUMNS`, without that of new clients where a run has none."""
-    new = any(row["new_clients"] is not None for row in rows)
-    return tuple(column for column in COLUMNS if new or column.key != "new_clients")
+    """Return `COLUMNS`, without those of `OPTIONAL` that no row has a value for."""
+    empty = {key for key in OPTIONAL if all(row[key] is None for row in rows)}
+    return tuple(column for column in COLUMNS if column.key not in empty)
 
 
 def rows(summary: Mapping[str, Any]) -> list[Row]:
@@ -143,15 +147,20 @@ def comparison(summary: Mapping[str, Any]) -> table.Table:
         padding=0,
         pad_edge=False,
         caption="accuracy in % of test rows; vs local: gain on local_only in points;\n"
-        "best: at the round that validation chose; MiB: all clients",
+        "best: at the round that validation chose; as rec.: before personalising;\n"
+        "MiB: all clients",
     )
     out.add_column("method", overflow="fold", min_width=10)
     lines = rows(summary)
+    present = {column.key for column in columns(lines)}
+    whole = ("global", "{global_accuracy}")
+    if "received" in present:
+        whole = ("as rec.\nglobal", "{received}\n{global_accuracy}")
     fields = {
         "personal\n± std": "{personal_mean}\n± {personal_std}",
         "worst\ndecile": "{worst_decile}",
         "vs\nlocal": "{gain}",
-        "global": "{global_accuracy}",
+        whole[0]: whole[1],
         "new": "{new_clients}",
         "best\n@ round": "{best_personal}\n@ {best_round}",
         "MiB\nup\ndown": "{mib_up}\n{mib_down}",
@@ -159,7 +168,7 @@ def comparison(summary: Mapping[str, Any]) -> table.Table:
         "seconds\ncompile\nsteady": "{compile_seconds}\n{steady_seconds}",
         "peak\nMiB": "{peak_mib}",
     }
-    if len(columns(lines)) < len(COLUMNS):
+    if "new_clients" not in present:
         del fields["new"]
     for heading in fields:
         out.add_column(heading, justify="right", no_wrap=True)
@@ -186,6 +195,7 @@ def _row(name: str, result: Mapping[str, Any], local: float | None) -> Row:
         "personal_mean": _scaled(mean, 100),
         "personal_std": _scaled(_get(result, "personal_accuracy", "std"), 100),
         "worst_decile": _scaled(_get(result, "personal_accuracy", "worst_decile"), 100),
+        "received": _scaled(_get(result, "received_accuracy", "mean"), 100),
         "gain": None if mean is None or local is None else 100 * (mean - local),
         "global_accuracy": _scaled(_get(result, "global_accuracy"), 100),
         "new_clients": _scaled(

@@ -76,8 +76,20 @@ TRAFFIC = {
     # then the Gaussians, whose means are weighted class by class.
     "pfedfda": (8 * (BODY + 20 + 25), 4 * (BODY + 1 + 20 + 4 + 25 + 1)),
     "pfedgm": gaussian(5 * 4, 4),
+    # Up without a weight: the server sees whose parameters they are.
+    "pfedgpa": (4 * WEIGHTS, 4 * WEIGHTS),
 }
 LEARNING_RATE = {"pfedfda": 0.002}
+# Of three rounds two generate; few codes, for the last of many are all but rounding.
+HYPERPARAMETERS = {
+    "pfedgpa": {
+        "warmup": 1,
+        "rank": 2,
+        "denoiser_steps": 3,
+        "denoiser_width": 8,
+        "newcomer_rounds": 1,
+    }
+}
 # Algorithms that serve several architectures; the rest average weights.
 ANY_ARCHITECTURE = {"local_only", "fedproto"}
 # Algorithms whose clients keep to themselves.
@@ -119,7 +131,10 @@ def sampler(key: jax.Array, federation: Federation) -> tuple[Participants, ...]:
 
 def build(name: str) -> Algorithm:
     return make(
-        name, optax.sgd(LEARNING_RATE.get(name, 0.05), momentum=0.5), Schedule(4, 2)
+        name,
+        optax.sgd(LEARNING_RATE.get(name, 0.05), momentum=0.5),
+        Schedule(4, 2),
+        HYPERPARAMETERS.get(name),
     )
 
 

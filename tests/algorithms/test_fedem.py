@@ -36,11 +36,17 @@ def e_step(table, proportions):
     return joint / joint.sum(axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("weighting", ["size", "mass"])
-def test_step_by_hand(scalar_federation, weighting):
+@pytest.mark.parametrize(
+    ("weighting", "counting"), [("size", "soft"), ("mass", "soft"), ("mass", "hard")]
+)
+def test_step_by_hand(scalar_federation, weighting, counting):
     federation = scalar_federation(X, Y, w=0.0, v=1.0)
     algorithm = fedem(
-        optax.sgd(0.5), Schedule(4), num_components=2, weighting=weighting
+        optax.sgd(0.5),
+        Schedule(4),
+        num_components=2,
+        weighting=weighting,
+        counting=counting,
     )
     round_fn = rounds.make_round(algorithm, participation.full(), Execution())
     state = State(jnp.int32(0), COMPONENTS, (PROPORTIONS,))
@@ -52,6 +58,8 @@ def test_step_by_hand(scalar_federation, weighting):
         x, y = np.array(X[client]), np.array(Y[client])
         table = log_likelihood(x, y, w, v)
         q = e_step(table, PROPORTIONS[client])
+        if counting == "hard":
+            q = np.eye(2)[np.argmax(table, axis=1)]
         np.testing.assert_allclose(
             state.clients[0][client], q.mean(axis=0), rtol=1e-5, err_msg="pi"
         )
@@ -60,7 +68,8 @@ def test_step_by_hand(scalar_federation, weighting):
         moves.append(-0.5 * np.stack([slope * v, slope * w]))
         weights.append(q.sum(axis=0) if weighting == "mass" else np.full(2, len(x)))
         losses.append(-(q * table).sum(axis=1).mean())
-    moved = np.einsum("ik,iak->ak", weights, moves) / np.sum(weights, axis=0)
+    total = np.maximum(np.sum(weights, axis=0), 1e-9)
+    moved = np.einsum("ik,iak->ak", weights, moves) / total
     np.testing.assert_allclose(state.server["body"], w + moved[0], rtol=1e-5)
     np.testing.assert_allclose(state.server["head"], v + moved[1], rtol=1e-5)
     np.testing.assert_allclose(
@@ -165,7 +174,12 @@ def test_prediction_mixes_probabilities(newcomers):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_components", 0), ("weighting", "equal"), ("adapt_steps", -1)],
+    [
+        ("num_components", 0),
+        ("weighting", "equal"),
+        ("counting", "half"),
+        ("adapt_steps", -1),
+    ],
 )
 def test_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*got {value!r}"):

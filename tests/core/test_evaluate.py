@@ -42,8 +42,16 @@ def shifted() -> Algorithm:
     def predict(context, server, client, x):
         return context.model.apply(server.params, x) + client[None]
 
+    def receive(context, client, message):
+        del context, message
+        return client
+
     return base._replace(
-        init=init, local=local, personalise=personalise, predict=predict
+        init=init,
+        local=local,
+        personalise=personalise,
+        predict=predict,
+        receive=receive,
     )
 
 
@@ -88,6 +96,8 @@ def test_scores_are_those_of_a_plain_loop(toy_federation, chunk, devices, batch_
             assert int(scores.count[i]) == len(own)
             assert int(scores.correct[i]) == np.sum(logits.argmax(-1) == label)
             assert int(scores.global_correct[i]) == np.sum(whole.argmax(-1) == label)
+            before = np.sum((whole + bias[i]).argmax(-1) == label)
+            assert int(scores.received_correct[i]) == before
             np.testing.assert_allclose(
                 scores.loss[i], -log_p[np.arange(len(own)), label].sum(), rtol=1e-4
             )

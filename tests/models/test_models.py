@@ -102,6 +102,7 @@ def test_resnet_equals_the_one_with_flax_convolutions(monkeypatch):
     ("name", "shape", "dim", "body"),
     [
         ("mlp", SHAPE, 200, 784 * 200 + 200),
+        ("mlp32", SHAPE, 32, 784 * 32 + 32),
         ("cnn", SHAPE, 512, 832 + 51264 + 3136 * 512 + 512),
         ("small_cnn", SHAPE, 128, 416 + 12832 + 18496 + 256 * 128 + 128),
         ("small_cnn", (32, 32, 3), 128, 1216 + 12832 + 18496 + 576 * 128 + 128),

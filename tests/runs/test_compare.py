@@ -137,6 +137,19 @@ def test_the_table_holds_every_method(asked, tmp_path):
     assert "| 50.0 |" in table[2] and "50.0" not in table[3].split("|")[4]
 
 
+def test_models_as_received_have_a_column_only_where_some_have_them():
+    accuracy = np.array([0.5, 0.7])
+    plain = compare.Row("a", {}, accuracy, accuracy[:1], 0.5, None)
+    received = plain._replace(name="b", received=0.321)
+    header, rule, first, second = (
+        line.split("|") for line in compare.to_markdown([plain, received]).splitlines()
+    )
+    assert header[3].strip() == "as received"
+    assert first[3].strip() == "" and second[3].strip() == "32.1"
+    assert len(header) == len(rule) == len(first) == len(second)
+    assert "received" not in compare.to_markdown([plain])
+
+
 def test_clients_without_test_rows_drop_out_of_the_interval():
     a, b = (
         compare.Row("x", {}, np.array(values), np.zeros(1), 0.0, None)
@@ -161,7 +174,7 @@ def test_clients_without_test_rows_drop_out_of_the_interval():
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"grid": {"learning_rat": ["1"]}}, "did you mean 'learning_rate'"),
         ({"grid": {"pfedgm.pul": ["1"]}}, "did you mean 'pull'"),
-        ({"grid": {"learning_rate": ["fast"]}}, "must hold values of type float"),
+        ({"grid": {"learning_rate": ["fast"]}}, "learning_rate must be of type float"),
         ({"grid": {"learning_rate": ["-1"]}}, "learning_rate must be above 0"),
     ],
 )

@@ -54,6 +54,7 @@ def test_rows_hold_every_number_of_the_summary_in_its_unit():
         "personal_mean": pytest.approx(86.1),
         "personal_std": pytest.approx(12.3),
         "worst_decile": pytest.approx(45.67),
+        "received": None,
         "gain": pytest.approx(5.0),
         "global_accuracy": pytest.approx(31.41),
         "new_clients": None,
@@ -137,7 +138,7 @@ def test_markdown_has_one_cell_a_column_and_the_same_numbers():
         [cell.strip() for cell in line.replace(r"\|", "¦").strip("|\n").split(" | ")]
         for line in tables.to_markdown(rows).splitlines()
     )
-    assert len(header) == len(main) == len(other) == len(tables.COLUMNS) - 1
+    assert len(header) == len(main) == len(other) == len(tables.COLUMNS) - 2
     assert rule == [":--"] + ["--:"] * (len(header) - 1)
     shown = dict(zip(header, main, strict=True))
     assert shown["Method"] == "pfedgm"
@@ -155,6 +156,19 @@ def test_new_clients_have_a_column_only_where_a_run_has_some():
     assert "| 76.5 |" in tables.to_markdown(tables.rows(with_new))
     assert "76.5" in rendered(tables.comparison(with_new))
     assert len(tables.comparison(plain).columns) == 10
+
+
+def test_models_as_received_have_a_column_only_where_a_run_has_some():
+    plain, with_some = summary(), summary(fedavg_ft=result(0.8))
+    received = {"mean": 0.6543, "std": 0.1}
+    with_some["baselines"]["fedavg_ft"]["received_accuracy"] = received
+    assert "as received" not in tables.to_markdown(tables.rows(plain))
+    main, other = tables.to_markdown(tables.rows(with_some)).splitlines()[2:]
+    assert main.split(" | ")[4] == "–" and other.split(" | ")[4] == "65.4"
+    out = rendered(tables.comparison(with_some))
+    assert "65.4" in out and "as rec." in out
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+    assert "as rec.\n" not in rendered(tables.comparison(plain))
 
 
 def test_the_terminal_table_fits_80_columns_and_cuts_nothing():

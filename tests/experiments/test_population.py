@@ -1,0 +1,146 @@
+"""The population experiment: its groups, its tables and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import population
+from fedgen.data import partition, sources
+from fedgen.runs.config import Config
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_clients_of_a_group_name_the_classes_alike():
+    config = Config(num_clients=7, new_clients=2, alpha=1.0, model="mlp32")
+    federation = population.build_federation(config, 3, 4)
+    (cohort,) = federation.cohorts
+    source = sources.load(config.dataset)
+    owner = partition.partition(
+        "dirichlet", source.y, 9, seed=4, alpha=1.0, min_size=config.min_size
+    )
+    names = np.full((9, 10), -1)
+    for i in range(9):
+        mine = np.asarray(cohort.order[int(cohort.train.start[i]) :])
+        mine = mine[: int(cohort.train.size[i])]
+        assert np.all(owner[mine] == i)
+        pairs = {(int(source.y[r]), int(federation.pool.y[r])) for r in mine}
+        assert len({a for a, _ in pairs}) == len(pairs), "one name for a class"
+        for a, b in pairs:
+            names[i, a] = b
+    for g in range(3):
+        known = [set(column[column >= 0]) for column in names[g::3].T]
+        assert all(len(found) <= 1 for found in known)
+    first = names[::3]
+    np.testing.assert_array_equal(first[first >= 0], np.nonzero(first >= 0)[1])
+    assert np.any(names[1::3] != names[::3])
+
+
+def test_samplers_take_old_clients_and_new_ones_apart():
+    old, new = population.samplers(5, 8)
+    for sample, slots in ((old, range(5)), (new, range(5, 8))):
+        (drawn,) = sample(None, None)
+        assert drawn.slot.tolist() == list(slots)
+        assert np.all(drawn.mask) and np.all(drawn.work == 1)
+
+
+def test_gaps_are_paired():
+    rng = np.random.default_rng(0)
+    a = rng.uniform(size=(2, 30))
+    b = a - 0.1 + 0.01 * rng.normal(size=a.shape)
+    b[1, 3] = np.nan
+    difference = 100 * (a - b)
+    known = difference[np.isfinite(difference)]
+    interval = scipy.stats.t.interval(
+        0.95, known.size - 1, known.mean(), scipy.stats.sem(known)
+    )
+    by_seed = ", ".join(f"{d:+.1f}" for d in np.nanmean(difference, axis=1))
+    assert population.gap(a, b) == (
+        f"{known.mean():+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}] ({by_seed})"
+    )
+
+
+def test_the_tables_compare_each_variant_with_its_own_controls():
+    def score(received, updated):
+        noise = 1e-3 * np.arange(6).reshape(2, 3)
+        return population.Score(received and received + noise, updated + noise**2)
+
+    scores = {
+        "diffusion ddim:100:1": score(0.7, 0.8),
+        "linear ddim:100:1": score(0.6, 0.78),
+        "none": score(0.5, 0.75),
+        "local_only": score(None, 0.4),
+    }
+    rows = population.training_table(scores, ["ddim:100:1"]).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [len(row) for row in cells] == [7] * 4
+    gaps = [cell.split(" ")[0] for cell in cells[0][3:]]
+    assert gaps == ["+10.00", "+2.00", "+20.00", "+5.00"]
+    assert cells[1][3:5] == ["", ""] and cells[1][5].startswith("+10.00")
+    assert cells[3][1] == "" and cells[3][2] == "40.0"
+
+    newcomers = {
+        "own start, 10 local rounds": score(None, 0.6),
+        "mean, local rounds only": score(0.65, 0.66),
+        "mean, denoised": score(0.5, 0.62),
+    }
+    rows = population.newcomer_table(newcomers).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert cells[0][1:] == ["60.0", "", "", ""]
+    assert cells[1][3].startswith("+5.2") and cells[1][4] == ""
+    assert cells[2][4].startswith("-4.00")
+
+
+def test_a_denoiser_of_few_clients_knows_the_others_less():
+    rng = np.random.default_rng(0)
+    centres = rng.choice([-1.0, 1.0], (12, 2))
+    codes = jnp.asarray(centres[:, None] + 0.05 * rng.normal(size=(12, 2, 2)))
+    crowd = population.Population(
+        None, codes.astype(jnp.float32), jnp.ones((12, 2)), None, None
+    )
+    mask = np.arange(12) < 3
+    network, linear = population.fit_denoiser(crowd, mask, 40, jax.random.key(0))
+    assert network.shape == linear.shape == (12,)
+    assert jnp.mean(network[:3]) < jnp.mean(network[3:])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--variants=ddim:10", "a variant must be version:depth:gamma, got 'ddim:10'"),
+        ("--variants=ddim:2000:1", "depth must be in"),
+        ("--omegas=-2", "omega must be >= -1"),
+        ("--groups=0", "groups must be in [1, 20], got 0"),
+        ("--rounds=10", "rounds must be more than the warm-up's 10, got 10"),
+        ("--new_clients=1", "new_clients at least 2"),
+    ],
+)
+def test_wrong_requests_are_refused(flag, message, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.population",
+            "--new_clients=2",
+            "--rounds=12",
+            "--model=mlp32",
+            f"--workdir={tmp_path}/run",
+            flag,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
