@@ -199,7 +199,7 @@ def mixture_case(rng, clients: int, samples: int, components: int) -> Case:
         },
         {
             "SciPy, `softmax` a step": textbook,
-            "NumPy, two products a step": products,
+            "NumPy, fedgen's own formulas": products,
         },
         2e-3,
     )

@@ -6,6 +6,7 @@ this execution already shows that the code and the library agree.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import pathlib
 from types import SimpleNamespace
@@ -27,8 +28,33 @@ def code_cells(path: pathlib.Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_is_a_quickstart():
-    assert "quickstart" in [path.stem for path in NOTEBOOKS]
+def test_there_are_a_quickstart_and_one_for_each_core():
+    names = {"quickstart", "gaussian_fusion", "mixture_em", "parameter_diffusion"}
+    assert names <= {path.stem for path in NOTEBOOKS}
+
+
+@each_notebook
+def test_a_core_needs_nothing_else_of_the_library(path):
+    if path.stem == "quickstart":
+        pytest.skip("a tour of the whole library")
+    cells = [TransformerManager().transform_cell(c.source) for c in code_cells(path)]
+    imported = set()
+    for node in ast.walk(ast.parse("\n".join(cells))):
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        elif isinstance(node, ast.Import):
+            imported |= {name.name for name in node.names}
+    ours = {name for name in imported if name.startswith(("fedgen", "experiments"))}
+    assert ours == {"fedgen.aggregators"}
+    assert imported - ours <= {
+        "functools",
+        "importlib.util",
+        "jax",
+        "jax.numpy",
+        "matplotlib.pyplot",
+        "numpy",
+        "optax",
+    }
 
 
 @each_notebook
