@@ -1,0 +1,119 @@
+"""A tiny run of FedGMI on inherent distributions, and a look at what it found."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import rich.console
+
+from experiments import inherent
+from fedgen.core import federation as federation_lib
+from fedgen.runs import build, experiment
+from fedgen.runs.config import Config
+
+CONFIG = Config(
+    algorithm="fedgmi",
+    baselines=(),
+    hyperparameters={
+        "num_components": "2",
+        "pretrain_rounds": "1",
+        "hidden": "8",
+        "latent": "2",
+        "vae_epochs": "1",
+        "max_samples": "32",
+    },
+    partition="mixture",
+    inherent="class_groups",
+    alpha=1.0,
+    samples=400,
+    num_clients=5,
+    new_clients=2,
+    model="mlp4",
+    rounds=3,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inherent") / "run"
+    quiet = rich.console.Console(quiet=True)
+    experiment.run(CONFIG, str(path), console=quiet)
+    return path
+
+
+def test_a_finished_run_is_read_back(folder):
+    config, setup, algorithm, state = experiment.load(folder)
+    assert config == CONFIG
+    assert int(state.round) == 3 and algorithm.prepare is None
+    assert setup.federation.cohorts[0].num_real == 5
+    assert len(setup.domain) == len(setup.federation.pool.y) == 400
+    # The classes of a domain are neighbours, so the domain of a row can be checked.
+    classes = [
+        set(np.asarray(setup.federation.pool.y)[setup.domain == d]) for d in (0, 1)
+    ]
+    assert classes[0] == {0, 1, 2, 3, 4} and classes[1] == {5, 6, 7, 8, 9}
+
+
+def test_what_was_found_is_measured_and_drawn(folder):
+    inherent.check(str(folder))
+    found = inherent.look(str(folder), 6)
+    assert found == json.loads((folder / "inherent.json").read_text())
+    assert found["num_components"] == 2
+    assert 0 <= found["total_variation"] <= 1
+    # Uniform proportions of the same clients, by hand.
+    setup = build.build(CONFIG)
+    (cohort,) = setup.federation.cohorts
+    share = []
+    real = np.asarray(cohort.ids) >= 0  # the rest is padding for the devices
+    for start, size in zip(
+        cohort.train.start[real], cohort.train.size[real], strict=True
+    ):
+        rows = np.asarray(cohort.order)[int(start) : int(start + size)]
+        share.append(np.mean(setup.domain[rows] == 0))
+    uniform = np.mean(np.abs(np.array(share) - 0.5))
+    np.testing.assert_allclose(found["total_variation_uniform"], uniform, rtol=1e-6)
+    assert len(found["density"]["log_density"]) == 2
+    for name in ("proportions.png", "components.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_densities_are_of_samples_as_models_see_them(folder):
+    setup = build.build(CONFIG)
+    train = inherent.held(setup.federation, "train")
+    x = np.asarray(federation_lib.normalise(setup.federation.pool.x))
+    (cohort,) = setup.federation.cohorts
+    assert train.shape == (int(cohort.train.size.sum()), *x.shape[1:])
+    pool = {row.tobytes() for row in x}
+    assert all(row.tobytes() in pool for row in train)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"algorithm": "fedavg"}, "runs must have --algorithm=fedgmi, got fedavg"),
+        ({"partition": "iid"}, "runs must have --partition=mixture, got iid"),
+    ],
+)
+def test_other_runs_are_refused(folder, tmp_path, change, message):
+    stored = json.loads((folder / "config.json").read_text())
+    stored["flags"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="runs must be folders of finished runs"):
+        inherent.check(str(tmp_path))
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        inherent.check(str(tmp_path))
+
+
+def test_a_run_without_checkpoints_cannot_be_loaded(folder, tmp_path):
+    with pytest.raises(ValueError, match="must be the folder of a finished run"):
+        experiment.load(tmp_path)
+    for name in ("config.json", "summary.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    with pytest.raises(
+        ValueError, match="must hold the checkpoints of a run, got none"
+    ):
+        experiment.load(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
