@@ -136,6 +136,109 @@ def test_precision_and_vmap():
     np.testing.assert_allclose(both[0], exact, atol=0.02)
 
 
+def features(seed, *, k=3, d=6, n=30, size=400, corners=True):
+    """Draw mean features of clients that mix `k` normal distributions of one shape."""
+    rng = np.random.default_rng(seed)
+    share = rng.dirichlet(np.ones(k), n)
+    if corners:
+        share[:k] = np.eye(k)
+    root = rng.normal(size=(d, d)) + 2 * np.eye(d)
+    centre = 4 * rng.normal(size=(k, d))
+    mean, cov = np.zeros((n, d)), np.zeros((d, d))
+    for i in range(n):
+        own = np.repeat(np.arange(k), np.round(size * share[i]).astype(int))
+        x = centre[own] + rng.normal(size=(len(own), d)) @ root
+        mean[i], share[i] = x.mean(0), np.bincount(own, minlength=k) / len(own)
+        cov += np.cov(x.T, bias=True) / n
+    return jnp.float32(mean), jnp.float32(cov), share, centre, root.T @ root
+
+
+unmix = jax.jit(simplex.unmix, static_argnums=2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_components_are_found_from_mean_features(seed):
+    mean, cov, share, centre, within = features(seed)
+    found = unmix(mean, cov, 3)
+    order = mixture.match_proportions(found.proportions, jnp.float32(share))
+    assert error(found.proportions, share) < 0.03
+    scale = np.sqrt(np.trace(within) / 6)
+    np.testing.assert_allclose(found.mean[order], centre, atol=0.35 * scale)
+    # The covariance within a client is much larger than that within a component.
+    gap = [np.linalg.norm(c - within) for c in (np.asarray(found.cov), np.asarray(cov))]
+    assert gap[0] < 0.25 * gap[1]
+    np.testing.assert_allclose(found.cov, found.cov.T, rtol=1e-4, atol=1e-4)
+    assert np.linalg.eigvalsh(found.cov)[0] > 0
+
+
+def test_units_of_features_change_nothing():
+    mean, cov, share, *_ = features(0)
+    rng = np.random.default_rng(1)
+    turn = rng.normal(size=(6, 6)) + 3 * np.eye(6)
+    shift = rng.normal(size=(1, 6))
+    before = unmix(mean, cov, 3)
+    after = unmix(jnp.float32(mean @ turn + shift), jnp.float32(turn.T @ cov @ turn), 3)
+    # Up to the shrinkage, which knows units.
+    assert (
+        abs(error(before.proportions, share) - error(after.proportions, share)) < 0.01
+    )
+    order = mixture.match_proportions(after.proportions, before.proportions)
+    np.testing.assert_allclose(
+        after.mean[order], before.mean @ turn + shift, atol=0.15 * np.std(mean @ turn)
+    )
+
+
+def test_as_many_features_as_clients_are_no_cross_density_matrix():
+    mean, cov, share, *_ = features(2, n=12, d=12)
+    mask = np.arange(12) < 11  # the last feature does not go with the last client
+    found = unmix(mean, cov, 3, mask=mask)
+    assert error(found.proportions[:11], share[:11]) < 0.05
+    np.testing.assert_allclose(found.proportions[11], 1 / 3, rtol=1e-5)
+    with_nan = unmix(mean.at[11].set(jnp.nan), cov, 3, mask=mask)
+    np.testing.assert_allclose(with_nan.proportions, found.proportions, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_the_number_of_components_stands_out_of_the_noise(k):
+    rng = np.random.default_rng(k)
+    estimate_k = jax.jit(simplex.estimate_num_components)
+    for seed in range(3):
+        mean, cov, *_ = features(10 * k + seed, k=k, d=20)
+        found, values = estimate_k(mean, cov, jnp.full(30, 400.0))
+        assert int(found) == k
+        assert np.all(np.asarray(values[k - 1 :]) <= 1)
+    # Absent clients add nothing, whatever is said of them.
+    mean = mean.at[5].set(jnp.float32(100 * rng.normal(size=20)))
+    for mask, count in ((np.arange(30) != 5, 400.0), (None, 0.0)):
+        count = jnp.full(30, 400.0).at[5].set(count)
+        assert int(estimate_k(mean, cov, count, mask=mask)[0]) == k
+
+
+def test_noise_alone_is_one_component():
+    # One draw in a hundred may exceed the bound.
+    def count(key):
+        mean = jax.random.normal(key, (40, 30)) / 10
+        return simplex.estimate_num_components(
+            mean, jnp.eye(30), jnp.full(40, 100.0), shrinkage=0.0
+        )[1][0]
+
+    largest = jax.jit(jax.vmap(count))(jax.random.split(jax.random.key(0), 400))
+    assert 0 < np.mean(np.asarray(largest) > 1) < 0.03
+
+
+def test_nonsense_features_stay_finite():
+    for mean, cov in (
+        (jnp.full((5, 4), jnp.nan), jnp.eye(4)),
+        (jnp.ones((5, 4)), jnp.zeros((4, 4))),
+        (jnp.full((5, 4), 1e38), jnp.full((4, 4), jnp.nan)),
+    ):
+        found = unmix(mean, cov, 3)
+        assert all(np.all(np.isfinite(leaf)) for leaf in found)
+        np.testing.assert_allclose(found.proportions.sum(axis=1), 1, rtol=1e-5)
+        k, _ = jax.jit(simplex.estimate_num_components)(mean, cov, jnp.ones(5))
+        assert int(k) >= 1
+
+
 def test_nonsense_stays_finite():
     for bad in (jnp.nan, jnp.inf, 0.0):
         cross = jnp.full((5, 5), bad)
@@ -160,6 +263,23 @@ def test_nonsense_stays_finite():
         (lambda: simplex.proportions(jnp.ones(3), 1), "cross_density"),
         (lambda: simplex.proportions(jnp.full((3, 3), jnp.nan), 2), "finite"),
         (lambda: simplex.proportions(jnp.eye(3), 2, penalty=0.0), "penalty"),
+        (
+            lambda: simplex.unmix(jnp.eye(3), jnp.eye(3), 4),
+            "from 1 to 3.*features, got",
+        ),
+        (lambda: simplex.unmix(jnp.eye(3), jnp.eye(2), 2), "cov must have shape"),
+        (lambda: simplex.unmix(jnp.eye(3), -jnp.eye(3), 2), "cov must be positive"),
+        (lambda: simplex.unmix(jnp.eye(3) / 0, jnp.eye(3), 2), "mean must be finite"),
+        (
+            lambda: simplex.unmix(jnp.eye(3), jnp.eye(3), 2, shrinkage=2.0),
+            "rho must be <= 1",
+        ),
+        (
+            lambda: simplex.estimate_num_components(
+                jnp.eye(3), jnp.eye(3), jnp.array([1.0, -1.0, 2.0])
+            ),
+            "count must be >= 0",
+        ),
     ],
 )
 def test_bad_input(call, message):

@@ -213,3 +213,12 @@ def test_widths_must_be_positive():
         models.mlp((4,), 2, hidden=0)
     with pytest.raises(ValueError, match="width must be >= 1, got -1"):
         models.resnet8(SHAPE, 10, width=-1)
+
+
+def test_only_the_perceptron_comes_in_any_width():
+    assert models.build("mlp7", SHAPE, 10).name == "mlp7"
+    for name in ("mlp-1", "cnn7", "mlp7.5"):
+        with pytest.raises(ValueError, match=f"unknown model '{name}', did you mean"):
+            models.find(name)
+    with pytest.raises(ValueError, match="must be"):
+        models.build("mlp0", SHAPE, 10)

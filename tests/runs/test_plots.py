@@ -309,6 +309,27 @@ def paint(shape, colour):
     return images
 
 
+def test_estimates_lie_where_they_should(tmp_path):
+    path = tmp_path / "proportions.png"
+    truth = np.array([[0.1, 0.9], [0.9, 0.1]])
+    places = []
+    for estimate in (truth, truth[::-1]):
+        plots.proportions(truth, estimate, path)
+        picture = pixels(path)
+        assert picture.shape[1] == plots.WIDTH * plots.DPI and has_margin(picture)
+        y, x = found(picture, "#0072B2")
+        y, x = y[y > 60], x[y > 60]  # without the legend
+        places.append(
+            np.corrcoef(x[x < picture.shape[1] / 2], y[x < picture.shape[1] / 2])[0, 1]
+        )
+    # Down is larger: right estimates rise to the right, wrong ones fall.
+    assert places[0] < -0.9 and places[1] > 0.9
+    plots.proportions(truth, truth, path, newcomers=(truth, truth))
+    assert found(pixels(path), "#D55E00")[0].size > 100
+    with pytest.raises(ValueError, match="of new clients must both be"):
+        plots.proportions(truth, truth, path, newcomers=(truth, truth[:1]))
+
+
 def test_samples_stand_left_of_their_nearest_training_image(tmp_path):
     shape, path = (2, 3), tmp_path / "samples.png"
     generated, nearest = paint(shape, RED), paint(shape, BLUE)
