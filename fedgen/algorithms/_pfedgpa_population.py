@@ -174,7 +174,8 @@ def regenerate(
     denoise: diffusion.Denoise,
     schedule: diffusion.Schedule,
     z: jax.Array,
-    key: jax.Array,
+    code_key: jax.Array,
+    path_key: jax.Array,
     *,
     version: str,
     depth: int,
@@ -183,7 +184,6 @@ def regenerate(
     eta: float,
 ) -> jax.Array:
     """Turn a code `z [r]` into a latent by one of `VERSIONS`, and generate from it."""
-    code_key, path_key = jax.random.split(key)
     if version == "noise_maps":
         code = diffusion.invert_noise_maps(
             denoise, schedule, z, depth=depth, steps=steps, key=code_key

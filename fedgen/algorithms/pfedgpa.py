@@ -353,13 +353,14 @@ def pfedgpa(
         return server, jnp.where(fits[:, None], new, x), metrics
 
     def _diffuse(denoise, codec: Codec, key, deviation, before, newcomer):
-        own_key, guided_key = jax.random.split(key)
+        code_key, path_key, guided_key = jax.random.split(key, 3)
         z = codec.encode(deviation)
         new = regenerate(
             denoise,
             times,
             z,
-            own_key,
+            code_key,
+            path_key,
             version=version,
             depth=depth,
             steps=steps,
