@@ -373,7 +373,8 @@ def fit_denoiser(population: Population, clients: np.ndarray, steps: int, key):
     weight = (population.weight * jnp.asarray(clients, jnp.float32)[:, None]).ravel()
     share = weight / jnp.sum(weight)
     center = share @ codes
-    cov = (share[:, None] * (codes - center)).T @ (codes - center)
+    deviation = codes - center[None]
+    cov = (share[:, None] * deviation).T @ deviation
     base = diffusion.gaussian_denoiser(times, center, cov)
     network = denoiser.residual_mlp(r)
     adam = optax.adam(1e-3)
