@@ -177,8 +177,8 @@ def one_seed(lab: Lab, variants, omegas, groups: int, seed: int):
     """Train everything of one seed.
 
     Returns:
-      Scores of the training clients by method, those of newcomers, and the federation
-      and the end of the first variant, for pictures.
+      Scores of the training clients by method, those of newcomers, and the end of the
+      first variant, for pictures.
     """
     config, say = lab.config, functools.partial(print, file=sys.stderr, flush=True)
     n, total = config.num_clients, config.num_clients + config.new_clients
@@ -189,9 +189,7 @@ def one_seed(lab: Lab, variants, omegas, groups: int, seed: int):
 
     def keep(table, name, score, part):
         table[name] = Score(*(None if a is None else a[part] for a in score))
-        say(
-            f"seed {seed} {name}: {[a if a is None else a.mean() for a in table[name]]}"
-        )
+        say(f"seed {seed} {name}: {' / '.join(map(mean, table[name]))}")
 
     reference = None
     for text in variants:
@@ -375,7 +373,8 @@ def fit_denoiser(population: Population, clients: np.ndarray, steps: int, key):
     weight = (population.weight * jnp.asarray(clients, jnp.float32)[:, None]).ravel()
     share = weight / jnp.sum(weight)
     center = share @ codes
-    cov = (share[:, None] * (codes - center)).T @ (codes - center)
+    deviation = codes - center[None]
+    cov = (share[:, None] * deviation).T @ deviation
     base = diffusion.gaussian_denoiser(times, center, cov)
     network = denoiser.residual_mlp(r)
     adam = optax.adam(1e-3)
@@ -410,30 +409,17 @@ def fit_denoiser(population: Population, clients: np.ndarray, steps: int, key):
 
 
 def picture_codes(population: Population, first: dict[str, Any], groups: int, path):
-    """Draw uploads, latent codes and generated parameters by group."""
+    """Draw uploads, noised to latent codes, and what was generated, by group."""
     times = diffusion.linear_schedule()
     encode = jax.vmap(population.codec.encode)
     z, generated = encode(population.newest), encode(population.sent)
     keys = jax.random.split(jax.random.key(0), len(z))
 
-    def zero(x, t):
-        return diffusion.gaussian_denoiser(
-            times, jnp.zeros(x.shape), population.codec.cov
-        )(x, t)
-
-    if first["version"] == "ddim":
-        one = functools.partial(
-            diffusion.invert, zero, times, depth=first["depth"], steps=6
-        )
-        latent = jax.vmap(one)(z).latent
-    else:
-        latent = jax.vmap(
-            lambda x, key: (
-                diffusion.diffuse(
-                    times, x, depth=first["depth"], steps=6, key=key
-                ).latent
-            )
-        )(z, keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
+    # Latents of noise maps and of noising; that of DDIM follows the denoiser.
+    latent = jax.vmap(diffusion.forward, (None, 0, None, 0))(
+        times, z, first["depth"], noise
+    )
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     group = np.arange(len(z)) % groups

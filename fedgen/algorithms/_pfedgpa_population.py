@@ -12,6 +12,8 @@ from fedgen.aggregators import diffusion
 from fedgen.core import tree
 from fedgen.core.federation import Params
 
+VERSIONS = ("noise_maps", "ddim", "noising")
+
 
 class Replay(NamedTuple):
     """The last B uploads of every client, the oldest overwritten first."""
@@ -166,3 +168,80 @@ def learn(
     trained, losses = jax.lax.scan(step, learner, jax.random.split(key, steps))
     trained = jax.tree.map(lambda a, b: jnp.where(total > 0, a, b), trained, learner)
     return trained, jnp.mean(losses)
+
+
+def regenerate(
+    denoise: diffusion.Denoise,
+    schedule: diffusion.Schedule,
+    z: jax.Array,
+    code_key: jax.Array,
+    path_key: jax.Array,
+    *,
+    version: str,
+    depth: int,
+    steps: int,
+    gamma: float,
+    eta: float,
+) -> jax.Array:
+    """Turn a code `z [r]` into a latent by one of `VERSIONS`, and generate from it."""
+    if version == "noise_maps":
+        code = diffusion.invert_noise_maps(
+            denoise, schedule, z, depth=depth, steps=steps, key=code_key
+        )
+        return diffusion.generate(denoise, schedule, code, gamma=gamma)
+    if version == "ddim":
+        code = diffusion.invert(denoise, schedule, z, depth=depth, steps=steps)
+    else:
+        code = diffusion.diffuse(schedule, z, depth=depth, steps=steps, key=code_key)
+    return diffusion.generate(
+        denoise, schedule, code, gamma=gamma, eta=eta, key=path_key
+    )
+
+
+def linear_factor(
+    schedule: diffusion.Schedule,
+    variance: jax.Array,
+    *,
+    version: str,
+    depth: int,
+    gamma: float,
+    eta: float,
+) -> jax.Array:
+    """Average what `regenerate` multiplies codes by under the best linear denoiser.
+
+    With k = `diffusion.shrinkage_factor` of the variances `[r]`: the maps of version A
+    hold what the mean path, which ends at k, leaves out; B comes back whole; C ends at
+    sqrt(k) without fresh noise and at k with all of it.
+
+    Returns:
+      `[r]`, for infinitely short steps.
+    """
+    k = diffusion.shrinkage_factor(schedule, variance, depth)
+    if version == "noise_maps":
+        return gamma + (1 - gamma) * k
+    if version == "ddim":
+        return jnp.full_like(k, gamma)
+    return gamma * k ** ((1 + eta**2) / 2)
+
+
+def within(
+    x: jax.Array, new: jax.Array, rows: jax.Array, weight: jax.Array, limit: float
+) -> tuple[jax.Array, jax.Array]:
+    """Tell who moved to a finite place no further than `limit`.
+
+    Args:
+      x: `[n, p]` uploads.
+      new: `[n, p]` what is to be sent instead.
+      rows: `[m, p]` the population.
+      weight: `[m]`, 0 for rows that do not count.
+      limit: Longest move, in standard deviations of the population.
+
+    Returns:
+      `[n]` bool, and the moves `[n]` in standard deviations.
+    """
+    share = weight / jnp.maximum(jnp.sum(weight), 1.0)
+    mean = share @ rows
+    spread = jnp.sqrt(share @ jnp.mean((rows - mean[None]) ** 2, axis=1))
+    move = jnp.sqrt(jnp.mean((new - x) ** 2, axis=1))
+    fits = jnp.isfinite(move) & (move <= limit * spread)
+    return fits, move / jnp.maximum(spread, jnp.finfo(spread.dtype).tiny)

@@ -44,12 +44,16 @@ from jax.flatten_util import ravel_pytree
 from fedgen.aggregators import diffusion
 from fedgen.algorithms import _options
 from fedgen.algorithms._pfedgpa_population import (
+    VERSIONS,
     Codec,
     Learner,
     Replay,
     fit_codec,
     init_learner,
     learn,
+    linear_factor,
+    regenerate,
+    within,
 )
 from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm, Mean
@@ -57,7 +61,6 @@ from fedgen.core.federation import Params
 from fedgen.core.fit import Schedule
 
 GENERATORS = ("diffusion", "linear", "none")
-VERSIONS = ("noise_maps", "ddim", "noising")
 LAYERS = ("all", "head")
 
 
@@ -325,7 +328,14 @@ def pfedgpa(
 
             one = functools.partial(_diffuse, denoise, codec)
         else:
-            factor = linear_factor(codec.cov if rank is None else jnp.diag(codec.cov))
+            factor = linear_factor(
+                times,
+                codec.cov if rank is None else jnp.diag(codec.cov),
+                version=version,
+                depth=depth,
+                gamma=gamma,
+                eta=eta,
+            )
             one = functools.partial(_shrink, factor, codec)
 
         def everybody():
@@ -334,47 +344,38 @@ def pfedgpa(
             return centre[None] + jax.vmap(one)(keys, deviation, start, newcomer)
 
         new = jax.lax.cond(generating, everybody, lambda: x)
-        move = jnp.sqrt(jnp.mean((new - x) ** 2, axis=1))
-        share = weight / jnp.maximum(jnp.sum(weight), 1.0)
-        mean = share @ rows
-        spread = jnp.sqrt(share @ jnp.mean((rows - mean[None]) ** 2, axis=1))
-        fits = jnp.isfinite(move) & (move <= max_move * spread)
+        fits, move = within(x, new, rows, weight, max_move)
         kept = here & fits
         metrics["rejected"] = jnp.sum(here & ~fits, dtype=jnp.float32)
         metrics["moved"] = jnp.sum(jnp.where(kept, move, 0.0)) / jnp.maximum(
-            jnp.sum(kept) * spread, jnp.finfo(spread.dtype).tiny
+            jnp.sum(kept), 1
         )
         return server, jnp.where(fits[:, None], new, x), metrics
 
     def _diffuse(denoise, codec: Codec, key, deviation, before, newcomer):
         code_key, path_key, guided_key = jax.random.split(key, 3)
         z = codec.encode(deviation)
-        depths = {"depth": depth, "steps": steps}
-        noise = {"eta": eta, "key": path_key}
-        if version == "noise_maps":
-            noise = {}
-            code = diffusion.invert_noise_maps(
-                denoise, times, z, key=code_key, **depths
+        new = regenerate(
+            denoise,
+            times,
+            z,
+            code_key,
+            path_key,
+            version=version,
+            depth=depth,
+            steps=steps,
+            gamma=gamma,
+            eta=eta,
+        )
+        if newcomer_rounds:
+            steered = diffusion.guide(
+                denoise, times, codec.encode(before), z, omega=omega
             )
-        elif version == "ddim":
-            code = diffusion.invert(denoise, times, z, **depths)
-        else:
-            code = diffusion.diffuse(times, z, key=code_key, **depths)
-        ordinary = diffusion.generate(denoise, times, code, gamma=gamma, **noise)
-        if not newcomer_rounds:
-            return codec.decode(deviation, ordinary, rho)
-        steered = diffusion.guide(denoise, times, codec.encode(before), z, omega=omega)
-        guided = diffusion.sample(steered, times, z, eta=eta, key=guided_key, **depths)
-        return codec.decode(deviation, jnp.where(newcomer, guided, ordinary), rho)
-
-    def linear_factor(variance):
-        """Average what a code is multiplied by under the best linear denoiser."""
-        k = diffusion.shrinkage_factor(times, variance, depth)
-        if version == "noise_maps":
-            return gamma + (1 - gamma) * k
-        if version == "ddim":
-            return jnp.full_like(k, gamma)
-        return gamma * k ** ((1 + eta**2) / 2)
+            guided = diffusion.sample(
+                steered, times, z, depth=depth, steps=steps, eta=eta, key=guided_key
+            )
+            new = jnp.where(newcomer, guided, new)
+        return codec.decode(deviation, new, rho)
 
     def _shrink(factor, codec: Codec, key, deviation, before, newcomer):
         del key, before, newcomer

@@ -37,7 +37,7 @@ def shifted() -> Algorithm:
     def personalise(context, key, client, message, data):
         del context, key, message
         total = fit.fold(lambda s, b: s + b.x.sum(), jnp.float32(0), data, 4)
-        return client + total / 8
+        return client + total / 8 * jnp.arange(4.0)
 
     def predict(context, server, client, x):
         return context.model.apply(server.params, x) + client[None]
@@ -90,7 +90,7 @@ def test_scores_are_those_of_a_plain_loop(toy_federation, chunk, devices, batch_
             whole = np.asarray(
                 cohort.model.apply(jax.device_get(state.server.params), x[own])
             )
-            logits = whole + bias[i] + x[train].sum() / 8
+            logits = whole + bias[i] + x[train].sum() / 8 * np.arange(4)
             label = y[own]
             log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             assert int(scores.count[i]) == len(own)
