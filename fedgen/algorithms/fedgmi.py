@@ -27,8 +27,9 @@ server: they differ in numbers, never in shapes, and are compiled once.
 3. EM.
 
 Farthest-first seeds, annealing and mass balance, which `fedgen.aggregators.mixture`
-has, are not used: with them the error of proportions rose during annealing, and on
-rotated images three seeds of four never came right.
+has, are not used. Seeds are clients, none of which need be pure; on rotated images
+the error of proportions stayed several times as large with them, and annealing made
+it larger still.
 
 With one component only stage 1 is left, whose classifier is FedAvg's. If the number of
 components is not given, it is estimated before training (`Algorithm.prepare`) from the

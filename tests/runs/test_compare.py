@@ -150,6 +150,18 @@ def test_models_as_received_have_a_column_only_where_some_have_them():
     assert "received" not in compare.to_markdown([plain])
 
 
+def test_a_method_may_set_flags_of_its_own(asked, tmp_path):
+    names = ("fedavg", "fedavg:model=mlp7:rounds=4", "fedavg:learning_rate=0.3")
+    rows = run(tmp_path, names=names, seeds=1)
+    assert [row.name for row in rows] == list(names)
+    assert {(c.model, c.rounds, c.learning_rate) for c in asked} == {
+        *((Config().model, Config().rounds, rate) for rate in (0.05, 0.1, 0.3)),
+        *(("mlp7", 4, rate) for rate in (0.05, 0.1)),
+    }
+    # What a method fixes is not tuned.
+    assert rows[2].chosen == {}
+
+
 def test_clients_without_test_rows_drop_out_of_the_interval():
     a, b = (
         compare.Row("x", {}, np.array(values), np.zeros(1), 0.0, None)
@@ -166,6 +178,8 @@ def test_clients_without_test_rows_drop_out_of_the_interval():
         ({"names": ("pfedgn",)}, "did you mean 'pfedgm'"),
         ({"names": ("pfedgm:gai=full",)}, "did you mean 'gain'"),
         ({"names": ("pfedgm:gain",)}, "a method must be"),
+        ({"names": ("pfedgm:rounds=few",)}, "rounds must be of type int"),
+        ({"names": ("pfedgm:model=mlpp",)}, "did you mean 'mlp'"),
         ({"names": ("pfedgm:pull=1:pull=2",)}, "a method must be"),
         (
             {"names": ("pfedgm:pull=1",), "grid": {"pfedgm.pull": ["1", "2"]}},

@@ -29,7 +29,7 @@ REFUSED = [
     *({name: 0} for name in ("num_clients", "rounds", "local_epochs", "batch_size")),
     *({name: -1} for name in ("eval_every", "classes_per_client", "local_steps")),
     *({name: -1} for name in ("checkpoint_every", "chunk", "devices", "new_clients")),
-    *({name: -1} for name in ("min_size", "seed", "weight_decay")),
+    *({name: -1} for name in ("min_size", "samples", "seed", "weight_decay")),
     *({"alpha": x} for x in (0.0, -1.0, float("nan"), float("inf"))),
     *({"learning_rate": x} for x in (0.0, float("nan"), float("inf"))),
     *({"weight_decay": x} for x in (float("nan"), float("inf"))),
