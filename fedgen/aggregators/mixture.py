@@ -80,7 +80,9 @@ COVARIANCE_FORMS = ("full", "tied", "diagonal", "scalar")
 
 _STEPS = 0.5 ** np.arange(8)  # of Newton's direction
 
-_BOUND = 1e30  # nats; far from both ends of float32, so that sums stay finite
+# Nats, what stands for no density at all; far from both ends of float32, so that sums
+# stay finite.
+BOUND = 1e30
 
 
 class Statistics(NamedTuple):
@@ -138,8 +140,8 @@ def _float(array) -> jax.Array:
 
 def _bounded(log_density: jax.Array) -> jax.Array:
     log_density = _float(log_density)
-    bounded = jnp.clip(log_density, -_BOUND, _BOUND)
-    return jnp.where(jnp.isnan(log_density), -_BOUND, bounded)
+    bounded = jnp.clip(log_density, -BOUND, BOUND)
+    return jnp.where(jnp.isnan(log_density), -BOUND, bounded)
 
 
 def _masked_table(log_density: jax.Array, mask: jax.Array) -> jax.Array:
@@ -167,7 +169,7 @@ def _logits(table: jax.Array, proportions: jax.Array) -> jax.Array:
     The proportions are thus not lost to rounding, however low the densities are.
     """
     log = _log_proportions(proportions, table.dtype)[..., None, :]
-    return _relative(jnp.where(jnp.isfinite(log), table, -_BOUND)) + log
+    return _relative(jnp.where(jnp.isfinite(log), table, -BOUND)) + log
 
 
 def responsibilities(
@@ -263,7 +265,7 @@ def log_posterior(
     excess = _concentration(concentration) - 1
     likelihood = log_likelihood(log_density, proportions, mask)
     log = _log_proportions(proportions, likelihood.dtype)
-    return likelihood + jnp.sum(excess * jnp.maximum(log, -_BOUND))
+    return likelihood + jnp.sum(excess * jnp.maximum(log, -BOUND))
 
 
 def _concentration(concentration) -> jax.Array:
@@ -544,7 +546,7 @@ def gaussian_log_density(
         return -(jnp.sum(white**2, axis=1) + scale) / 2
 
     table = jax.vmap(density, out_axes=1)(mean, factor)
-    table = jnp.where(finite[:, None] & proper[None], table, -_BOUND)
+    table = jnp.where(finite[:, None] & proper[None], table, -BOUND)
     return jnp.where(mask[:, None], table, 0)
 
 
@@ -778,10 +780,10 @@ def farthest_first(
         exists = np.asarray(mask, bool)
         check_finite(cross_density=np.asarray(cross_density)[exists][:, exists])
     mask = jnp.asarray(mask, bool)
-    cross = jnp.clip(_float(cross_density), -_BOUND, _BOUND)
+    cross = jnp.clip(_float(cross_density), -BOUND, BOUND)
     loss = jnp.diag(cross)[:, None] - cross
     distance = jnp.nan_to_num(loss + loss.T, nan=0.0)
-    distance = jnp.where(mask[:, None] & mask[None], distance, -4 * _BOUND)
+    distance = jnp.where(mask[:, None] & mask[None], distance, -4 * BOUND)
 
     def choose(nearest, _):
         seed = jnp.argmax(nearest)

@@ -286,8 +286,8 @@ def fedgmi(
         read = data._replace(size=data.size * ~stage.shared)
         table = tabulate(of_batch, components, key, read)
         mask = jnp.arange(max_samples) < data.size
-        # `mixture` stays finite whatever comes; here a client has to fail instead.
-        sound = jnp.all(jnp.isfinite(table) | ~mask[:, None])
+        # Where `mixture` turns nonsense into a bound, here a client has to fail.
+        sound = jnp.all((jnp.abs(table) < mixture.BOUND) | ~mask[:, None])
         proportions = jnp.where(sound, fit_proportions(table, mask), jnp.nan)
         r = _components.responsibilities(table, proportions, mask)
         if truth is not None:
