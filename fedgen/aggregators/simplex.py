@@ -13,8 +13,9 @@ coordinates. One mean a client is all that is asked for, and no model of any com
 
 No client need be pure. Among all simplices around the clients the smallest is taken:
 it is the true one if every facet is touched often enough, that is, if for every
-component some clients lack it. `mixture.farthest_first` looks at pairs of clients
-instead and is misled where two components are more alike than others.
+component there are clients that lack it and mix the others in many ways.
+`mixture.farthest_first` looks at pairs of clients instead and is misled where two
+components are more alike than others.
 
 >>> import jax.numpy as jnp
 >>> share = jnp.array([[1.0, 0], [0.7, 0.3], [0.4, 0.6], [0, 1.0]])  # of two components
@@ -198,12 +199,15 @@ def estimate_num_components(
     """Count the directions in which clients differ by more than sampling noise.
 
     In whitened features, times the root of its number of samples, every client has
-    noise of unit variance, whose largest singular value is known. Clients that mix `k`
-    components stand out in `k - 1` directions.
+    noise of unit variance, whose largest singular value is known, but for what the
+    covariance is off itself: with `N - n` degrees of freedom up to a factor of
+    `1 - sqrt(d / (N - n))`. Clients that mix `k` components stand out in `k - 1`
+    directions. With few samples in all, `N - n <= d`, nothing ever does.
 
     Args:
       mean: `[n, d]` mean features of every client.
-      cov: `[d, d]` as for `unmix`.
+      cov: `[d, d]` as for `unmix`, pooled without bias: the scatter about clients'
+        own means over `N - n`, samples less clients.
       count: `[n]` samples of every client.
       mask: `[n]`, true for clients that exist; all of them by default.
       shrinkage: As for `unmix`.
@@ -226,7 +230,9 @@ def estimate_num_components(
     free = jnp.sqrt(jnp.maximum(jnp.sum(weight > 0) - 1.0, 1))
     width = jnp.sqrt(1.0 * scaled.shape[1])
     spread = (free + width) * (1 / free + 1 / width) ** (1 / 3)
-    noise = jnp.sqrt((free + width) ** 2 + _LARGEST * spread)
+    freedom = jnp.maximum(jnp.sum(weight) - jnp.sum(weight > 0), 1e-6)
+    known = jnp.maximum(1 - width / jnp.sqrt(freedom), 1e-6)
+    noise = jnp.sqrt((free + width) ** 2 + _LARGEST * spread) / known
     values = jnp.linalg.svd(scaled, compute_uv=False) / noise
     return 1 + jnp.sum(values > 1, dtype=jnp.int32), values
 

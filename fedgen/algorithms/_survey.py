@@ -31,7 +31,7 @@ class Told(NamedTuple):
     """What a client tells, all zeros after the survey."""
 
     mean: jax.Array  # [d]
-    cov: Mean  # [d, d] of its samples
+    cov: Mean  # [d, d] of its samples, unbiased, weighted by degrees of freedom
 
 
 class Survey(NamedTuple):
@@ -41,7 +41,7 @@ class Survey(NamedTuple):
     count: jax.Array  # [n] samples, 0 for who has not told yet
     mean: jax.Array  # [n, d]
     cov: jax.Array  # [d, d] within a client
-    weight: jax.Array  # [] samples behind `cov`
+    weight: jax.Array  # [] degrees of freedom of `cov`
 
 
 class Guide(NamedTuple):
@@ -89,9 +89,10 @@ def tell(features: Features, data: Data, batch_size: int) -> Told:
 
     zeros = jnp.zeros(NUM_FEATURES), jnp.zeros((NUM_FEATURES, NUM_FEATURES))
     total, square = fit.fold(add, zeros, data, batch_size)
-    size = data.size.astype(jnp.float32)
-    mean, square = total / jnp.maximum(size, 1), square / jnp.maximum(size, 1)
-    return Told(mean, Mean(square - mean[:, None] * mean[None], size))
+    mean = total / jnp.maximum(data.size, 1)
+    scatter = square - data.size * mean[:, None] * mean[None]
+    freedom = jnp.maximum(data.size - 1.0, 0.0)
+    return Told(mean, Mean(scatter / jnp.maximum(freedom, 1), freedom))
 
 
 def listen(survey: Survey, id_: jax.Array, weight: jax.Array, told: Told) -> Survey:

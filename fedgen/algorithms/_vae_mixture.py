@@ -19,6 +19,7 @@ from fedgen.core.fit import Schedule
 
 DENSITIES = ("x", "xy", "cvae")
 LIKELIHOODS = ("bernoulli", "continuous_bernoulli", "normal")
+_RESAMPLE = 1 << 30  # a key beyond those that `fit` makes by splitting
 _RARE = 0.01  # share of uniform labels in p_k(y), so that no label is impossible
 
 
@@ -234,7 +235,7 @@ def train(
 
     def one(args):
         own, params, responsibility = args
-        drawn = resample(jax.random.fold_in(own, 0), data, responsibility)
+        drawn = resample(jax.random.fold_in(own, _RESAMPLE), data, responsibility)
         if schedule.steps is not None:
             share = drawn.size / jnp.maximum(data.size, 1)
             drawn = drawn._replace(work=drawn.work * share)

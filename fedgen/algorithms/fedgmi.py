@@ -31,19 +31,22 @@ has, are not used. Seeds are clients, none of which need be pure; on rotated ima
 the error of proportions stayed several times as large with them, and annealing made
 it larger still.
 
-With one component only stage 1 is left, whose classifier is FedAvg's. If the number of
+With one component only stage 1 is left, whose classifier is FedAvg's if `max_samples`
+leaves nobody anything out. If the number of
 components is not given, it is estimated before training (`Algorithm.prepare`) from the
 same means: what stands out of the noise of sampling is of rank k - 1.
 
 Communication is saved by `upload` (only the largest components, or a sampled one),
 `vae_every` (lazy VAEs), `hidden` and `latent` (narrow VAEs), and `payload` (precision).
-The engine reads bytes off shapes. What a round needs in its stage is in the metrics
-`bytes_up` and `bytes_down`: in stage 1, and of lazy VAEs, it is less.
+The engine reads bytes off shapes. In stage 1 and with lazy VAEs a round needs fewer:
+the metrics `needed_up` and `needed_down` count bytes of models of its stage, mean over
+clients, for clients that take part in every round.
 
 Does a run go astray? With `truth`, the inherent distribution of every pool row, the
 guided rounds take the true responsibilities. EM must stay there:
 `fedgmi_estimates.proportion_error` has to be as small at the end as at the start of
 stage 3. If it is not, VAEs are trained too little, and no start will help.
+`python -m experiments.inherent --diagnose` does this.
 """
 
 from __future__ import annotations
@@ -75,6 +78,7 @@ from fedgen.core.fit import Schedule
 GATES = ("posterior", "prior", "params")
 UPLOADS = ("all", "top", "sampled")
 PAYLOADS = ("float32", "bfloat16", "float16")
+_VAE = 1 << 30  # a key beyond those that others make by splitting or counting
 
 VaeFactory = Callable[[tuple[int, ...], int], Any]
 
@@ -145,13 +149,15 @@ def fedgmi(
         p_k(y | x) in training; or "cvae", inputs given the label, times label
         frequencies. Components that differ in labels only need "xy".
       likelihood: Of the decoders: "bernoulli" or "continuous_bernoulli" for images,
-        "normal" with a learnt variance for features.
+        "normal" with a learnt variance for features, which should be of about unit
+        scale: the survey's kernel has a fixed width.
       gate: rho, "posterior"; "prior", pi; or "params", one classifier of mean weights.
       hidden: Hidden units of a VAE.
       latent: Size q of its codes.
       vae_epochs: Local epochs of VAEs, at least 1.
       vae_learning_rate: Of Adam for VAEs, restarted every round, above 0.
-      pretrain_rounds: Rounds of the shared VAE, at least 1.
+      pretrain_rounds: Rounds of the shared VAE, at least 1. A run has to be longer
+        than these and `guided_rounds`, or there is but one component.
       guided_rounds: Rounds after them before EM, at least 1.
       concentration: a of a Dirichlet prior of pi, at least 1.
       num_samples: Importance samples, at least 1, of a client's own model; training
@@ -180,6 +186,8 @@ def fedgmi(
         max_samples=max_samples,
         num_sent=num_sent,
         vae_every=vae_every,
+        hidden=hidden,
+        latent=latent,
     )
     for name, value, choices in (
         ("density", density, DENSITIES),
@@ -190,10 +198,8 @@ def fedgmi(
     ):
         _options.check_choice(name, value, choices)
     _options.check_positive(vae_learning_rate=vae_learning_rate)
-    if num_components is not None:
+    if num_components is not None and upload == "top":
         _check_num_components(num_components, num_sent)
-    if truth is not None:
-        truth = jnp.asarray(truth, jnp.int32)
 
     vae_optimizer = optax.adam(vae_learning_rate)
     vae_schedule = Schedule(schedule.batch_size, vae_epochs)
@@ -222,10 +228,14 @@ def fedgmi(
                 "`algorithm.prepared(federation)`, got None"
             )
         model = federation.only_model("FedGMI")
+        if truth is not None:
+            _check_truth(truth, len(federation.pool.y), num_components)
         c, (cohort,) = federation.num_classes, federation.cohorts
         kind = kind_of(federation.pool.x.shape[1:], c)
         components = Components(
-            tree.broadcast(kind.vae.init(jax.random.fold_in(key, 1)), num_components),
+            tree.broadcast(
+                kind.vae.init(jax.random.fold_in(key, _VAE)), num_components
+            ),
             tree.broadcast(model.init(key), num_components),
             jnp.full((num_components, c), 1 / c) if density == "cvae" else (),
         )
@@ -239,7 +249,8 @@ def fedgmi(
         federation.only_model("FedGMI")
         features = features_of(federation.pool, federation.num_classes)
         k = _survey.estimate_num_components(features, federation)
-        _check_num_components(k, num_sent)
+        if upload == "top":
+            _check_num_components(k, num_sent)
         return algorithm._replace(
             init=functools.partial(init, num_components=k), prepare=None
         )
@@ -291,7 +302,7 @@ def fedgmi(
         proportions = jnp.where(sound, fit_proportions(table, mask), jnp.nan)
         r = _components.responsibilities(table, proportions, mask)
         if truth is not None:
-            true = jax.nn.one_hot(truth[data.order], k) * mask[:, None]
+            true = jax.nn.one_hot(jnp.asarray(truth)[data.order], k) * mask[:, None]
             r = jnp.where(stage.guided, true, r)
         alone = jax.nn.one_hot(0, k)[None] * mask[:, None]
         return jnp.where(stage.shared, alone, r), proportions
@@ -349,16 +360,19 @@ def fedgmi(
             labels = _vae_mixture.mean_labels(
                 data.pool.y[data.order], scale * r, context.num_classes
             )
-        received = jnp.where(stage.shared, 1, _num_components(components))
+        # Until the first round of stage 2 is over, all components are equal; and what
+        # has not changed is not sent again.
+        known = stage_of(shared.clock - 1)
+        received = jnp.where(known.shared, 1, _num_components(components))
         received = received * (
-            one(components.vaes) * ~stage.lazy + one(components.classifiers)
+            one(components.vaes) * ~known.lazy + one(components.classifiers)
         )
         metrics = {
             "loss": metrics["loss"],
             "vae_loss": vae_metrics["loss"],
             "steps": metrics["steps"] + vae_metrics["steps"],
-            "bytes_down": received,
-            "bytes_up": vae_bytes + classifier_bytes,
+            "needed_down": received,
+            "needed_up": vae_bytes + classifier_bytes,
         }
         return proportions, Message(vaes, classifiers, labels, told), metrics
 
@@ -391,7 +405,10 @@ def fedgmi(
             lambda: shared.guide,
         )
         new = Server(Shared(components, guide, shared.clock + 1), survey)
-        return new, {"components": jnp.float32(_num_components(components))}
+        return new, {
+            "components": jnp.float32(_num_components(components)),
+            "told": jnp.sum(survey.count > 0, dtype=jnp.float32),
+        }
 
     def personalise(context, key, client, shared, data):
         del client
@@ -463,6 +480,16 @@ def perceptrons(
         )
 
     return build
+
+
+def _check_truth(truth: np.ndarray, num_rows: int, num_components: int) -> None:
+    truth = np.asarray(truth)
+    whole = np.issubdtype(truth.dtype, np.integer) and truth.shape == (num_rows,)
+    if not whole or truth.min() < 0 or truth.max() >= num_components:
+        raise ValueError(
+            f"truth must hold integers in [0, {num_components}) for {num_rows} pool "
+            f"rows, got {truth.dtype} {truth.shape} from {truth.min()} to {truth.max()}"
+        )
 
 
 def _check_num_components(num_components: int, num_sent: int) -> None:

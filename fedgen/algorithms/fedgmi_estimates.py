@@ -108,7 +108,18 @@ def generate(
         if kind.kind == "cvae":
             y = jax.random.categorical(label_key, jnp.log(labels), shape=(count,))
         out = kind.vae.decode(vae, z, y)
-        mean = out if kind.likelihood == "normal" else 2 * jax.nn.sigmoid(out) - 1
-        return mean.reshape(count, *shape)
+        return _mean(kind.likelihood, out).reshape(count, *shape)
 
     return jax.vmap(of_one)(components.vaes, components.labels)
+
+
+def _mean(likelihood: str, out: jax.Array) -> jax.Array:
+    """Return the mean of the decoder's distribution, of images in [-1, 1]."""
+    if likelihood == "normal":
+        return out
+    if likelihood == "bernoulli":
+        return 2 * jax.nn.sigmoid(out) - 1
+    # 1 / (1 - exp(-a)) - 1 / a, and its expansion where the two cancel.
+    small = jnp.abs(out) < 0.03
+    a = jnp.where(small, 1.0, out)
+    return 2 * jnp.where(small, 0.5 + out / 12, -1 / jnp.expm1(-a) - 1 / a) - 1

@@ -52,7 +52,12 @@ class Checkpoints:
         )
 
     def restore(
-        self, like: State, warn: Callable[[str], None], last_round: int | None = None
+        self,
+        like: State,
+        warn: Callable[[str], None],
+        last_round: int | None = None,
+        *,
+        set_aside: bool = True,
     ) -> tuple[State, dict[str, Any]] | None:
         """Read the newest sound checkpoint, or return None if there is none.
 
@@ -62,6 +67,7 @@ class Checkpoints:
             are renamed to `ROUND.unused`, so that the resumed run can write the same
             rounds again.
           last_round: Use no checkpoint of a later round; None allows all.
+          set_aside: Whether to rename at all; a mere reader must not.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -85,7 +91,8 @@ class Checkpoints:
                     f"the checkpoint of round {step} in {self.folder} cannot be used: "
                     f"{reason[0][:200]}"
                 )
-                self._set_aside(step)
+                if set_aside:
+                    self._set_aside(step)
             else:
                 return found.state, found.info
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Callable, Sequence
 
 from fedgen.core.federation import Model
@@ -45,9 +46,8 @@ def find(name: str) -> Callable[..., Model]:
     """
     if name in MODELS:
         return MODELS[name]
-    hidden = name.removeprefix("mlp")
-    if name.startswith("mlp") and hidden.isdecimal():
-        return functools.partial(mlp, hidden=int(hidden))
+    if wide := re.fullmatch("mlp([1-9][0-9]*)", name):
+        return functools.partial(mlp, hidden=int(wide[1]))
     near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
     raise ValueError(
         f"unknown model {name!r}, did you mean {near[0]!r}? Known: "

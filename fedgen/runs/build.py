@@ -93,15 +93,19 @@ def build_algorithm(config: Config, name: str) -> Algorithm:
     Raises:
       ValueError: If a hyper-parameter is unknown or out of range.
     """
+    own = config.hyperparameters if name == config.algorithm else {}
+    return algorithms.make(name, *local_training(config), own)
+
+
+def local_training(config: Config) -> tuple[optax.GradientTransformation, Schedule]:
+    """Return the run's local optimiser and schedule."""
     optimizer = optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(config.learning_rate, momentum=config.momentum or None),
     )
-    schedule = Schedule(
+    return optimizer, Schedule(
         config.batch_size, config.local_epochs, config.local_steps or None
     )
-    own = config.hyperparameters if name == config.algorithm else {}
-    return algorithms.make(name, optimizer, schedule, own)
 
 
 def _deal(

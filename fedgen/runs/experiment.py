@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -106,9 +107,13 @@ def load(folder: str | pathlib.Path) -> Finished:
       ValueError: If the folder holds no finished run with a checkpoint.
     """
     path = pathlib.Path(folder)
-    if not (path / "summary.json").exists():
-        raise ValueError(f"{path} must be the folder of a finished run, got no summary")
+    for name in ("summary.json", "config.json"):
+        if not (path / name).exists():
+            raise ValueError(f"{path} must be the folder of a finished run, no {name}")
     stored = json.loads((path / "config.json").read_text())["flags"]
+    known = {field.name for field in dataclasses.fields(Config)}
+    if foreign := set(stored) - known:
+        raise ValueError(f"{path} is of another version, with flags {sorted(foreign)}")
     config = Config(**{**stored, "baselines": tuple(stored["baselines"])})
     setup = build.build(config)
     return Finished(config, setup, *leg.restore(config.algorithm, setup, config, path))

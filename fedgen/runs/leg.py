@@ -105,8 +105,10 @@ def restore(
 ) -> tuple[Algorithm, State]:
     """Read the newest state of an algorithm back from the folder it was trained in.
 
+    Nothing is changed there.
+
     Raises:
-      ValueError: If the folder holds no sound checkpoint.
+      ValueError: If the folder holds no sound checkpoint of the last round.
     """
     algorithm = build.build_algorithm(config, name).prepared(setup.federation)
     init = rounds.make_init(algorithm, setup.execution)
@@ -114,11 +116,14 @@ def restore(
     place, reasons = folder.absolute() / "checkpoints", []
     if place.is_dir():
         with Checkpoints(place) as checkpoints:
-            found = checkpoints.restore(_place(like, setup.execution), reasons.append)
-        if found is not None:
+            found = checkpoints.restore(
+                _place(like, setup.execution), reasons.append, set_aside=False
+            )
+        if found is not None and int(found[0].round) == config.rounds:
             return algorithm, found[0]
     raise ValueError(
-        "; ".join(reasons) or f"{folder} must hold the checkpoints of a run, got none"
+        f"{folder} must hold a checkpoint of round {config.rounds}, the last one, got "
+        + ("; ".join(reasons) or "none")
     )
 
 
