@@ -1,8 +1,9 @@
 """Look at what FedGMI found: proportions of clients, densities, generated samples.
 
 Takes the folders of finished runs of `fedgmi` with --partition=mixture, those of
-experiments.run or experiments.compare. Prints one line a run, and writes into each
-folder inherent.json, proportions.png and components.png.
+experiments.run or experiments.compare. Prints one line a run (TV is the total variation
+between estimated and true proportions, mean over clients), and writes into each folder
+inherent.json, proportions.png and, of images, components.png.
 """
 
 from __future__ import annotations
@@ -22,13 +23,21 @@ from experiments import run
 from fedgen import algorithms
 from fedgen.aggregators import mixture
 from fedgen.algorithms import fedgmi_estimates
-from fedgen.algorithms.fedgmi import density_of
+from fedgen.algorithms.fedgmi import density_of, fedgmi
 from fedgen.core import federation as federation_lib
+from fedgen.core import rounds, simulate
 from fedgen.core.federation import Federation
-from fedgen.runs import experiment, generators, plots, workdir
+from fedgen.runs import build, experiment, generators, leg, plots, workdir
 
 RUNS = flags.DEFINE_list("runs", [], "Folders of the runs to look at.")
 SAMPLES = flags.DEFINE_integer("samples_each", 200, "Samples that components generate.")
+
+DIAGNOSE = flags.DEFINE_bool(
+    "diagnose",
+    False,
+    "Train again from the true responsibilities instead: EM must stay there, or VAEs "
+    "are trained too little.",
+)
 
 _ROWS = 2000  # of the training, and of the test rows, that densities are averaged over
 
@@ -40,14 +49,23 @@ def check(folder: str) -> None:
       ValueError: If it is none.
     """
     path = pathlib.Path(folder)
-    if not (path / "summary.json").exists():
-        raise ValueError(f"runs must be folders of finished runs, got {folder}")
+    if not (path / "summary.json").exists() or not (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"runs must be folders of finished runs with checkpoints, got {folder}"
+        )
     stored = json.loads((path / "config.json").read_text())["flags"]
     for name, wanted in (("algorithm", "fedgmi"), ("partition", "mixture")):
         if stored[name] != wanted:
             raise ValueError(
                 f"runs must have --{name}={wanted}, got {stored[name]} in {folder}"
             )
+    settings = algorithms.settings("fedgmi", stored["hyperparameters"])
+    least = settings["pretrain_rounds"] + settings["guided_rounds"] + 1
+    if stored["rounds"] < least:
+        raise ValueError(
+            f"runs must have at least {least} rounds, or EM never begins, got "
+            f"{stored['rounds']} in {folder}"
+        )
 
 
 def held(federation: Federation, part: str) -> np.ndarray:
@@ -68,12 +86,13 @@ def look(folder: str, count: int) -> dict[str, Any]:
     components = state.server.shared.components
     k = jax.tree.leaves(components)[0].shape[0]
     estimate = jax.jit(fedgmi_estimates.make_proportions(algorithm, setup.execution))
-    known = max(k, int(setup.domain.max()) + 1)  # there may be more than were found
+    domains = int(setup.domain.max()) + 1
+    known = max(k, domains)  # more may have been found than there are, or fewer
     pairs = []
     for federation in (setup.federation, setup.newcomers):
         if federation is not None:
             found = np.asarray(estimate(state, federation, key))
-            real = np.asarray(federation.cohorts[0].ids) >= 0
+            real = np.asarray(federation.cohorts[0].train.size) > 0
             found = np.pad(found, ((0, 0), (0, known - k)))[real]
             truth = fedgmi_estimates.true_proportions(setup.domain, federation, known)
             pairs.append((truth[real], found))
@@ -109,7 +128,8 @@ def look(folder: str, count: int) -> dict[str, Any]:
             train[report.nearest[:, :8]],
             path / "components.png",
         )
-    uniform = 0.5 * np.abs(truth - 1 / known).sum(axis=1)
+    guess = np.arange(known) < domains
+    uniform = 0.5 * np.abs(truth - guess / domains).sum(axis=1)
     measured = {
         "num_components": k,
         "total_variation": float(np.mean(error[0])),
@@ -119,6 +139,38 @@ def look(folder: str, count: int) -> dict[str, Any]:
     }
     workdir.write_json(path / "inherent.json", measured)
     return measured
+
+
+def diagnose(folder: str) -> tuple[float, float]:
+    """Train from the true responsibilities, and see whether EM stays there.
+
+    Returns:
+      The error of the proportions as EM begins, and that after the last round.
+    """
+    config, setup, _, _ = experiment.load(folder)
+    settings = algorithms.settings("fedgmi", config.hyperparameters)
+    domains = int(setup.domain.max()) + 1
+    algorithm = fedgmi(
+        *build.local_training(config),
+        **{**settings, "num_components": domains, "truth": setup.domain},
+    )
+    init_key, key, _ = leg.run_keys(config.seed)
+    state = rounds.init_state(algorithm, setup.federation, init_key, setup.execution)
+    round_fn = rounds.make_round(algorithm, setup.sampler, setup.execution)
+    block = simulate.make_block(round_fn, config.rounds, setup.execution)
+    estimate = jax.jit(fedgmi_estimates.make_proportions(algorithm, setup.execution))
+    real = np.asarray(setup.federation.cohorts[0].train.size) > 0
+    truth = fedgmi_estimates.true_proportions(setup.domain, setup.federation, domains)
+    errors = []
+    begin = settings["pretrain_rounds"] + settings["guided_rounds"]
+    for count in (begin, config.rounds - begin):
+        state, _ = block(state, setup.federation, key, jnp.int32(count))
+        found = np.asarray(estimate(state, setup.federation, key))
+        error = fedgmi_estimates.proportion_error(
+            jnp.asarray(found[real]), jnp.asarray(truth[real], jnp.float32)
+        )
+        errors.append(float(error))
+    return tuple(errors)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -232,12 +232,12 @@ def fedgmi(
             _check_truth(truth, len(federation.pool.y), num_components)
         c, (cohort,) = federation.num_classes, federation.cohorts
         kind = kind_of(federation.pool.x.shape[1:], c)
+        vae = kind.vae.init(jax.random.fold_in(key, _VAE))
+        even = jnp.full(c, 1 / c, jnp.float32)
         components = Components(
-            tree.broadcast(
-                kind.vae.init(jax.random.fold_in(key, _VAE)), num_components
-            ),
+            tree.broadcast(vae, num_components),
             tree.broadcast(model.init(key), num_components),
-            jnp.full((num_components, c), 1 / c) if density == "cvae" else (),
+            tree.broadcast(even, num_components) if density == "cvae" else (),
         )
         survey, guide = _survey.start(cohort.ids, num_components)
         shared = Shared(components, guide, jnp.int32(0))

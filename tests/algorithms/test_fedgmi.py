@@ -21,7 +21,7 @@ from fedgen.algorithms.fedavg import fedavg
 from fedgen.algorithms.fedgmi import fedgmi
 from fedgen.core import participation, rounds, simulate
 from fedgen.core.algorithm import Mean
-from fedgen.core.execution import Execution
+from fedgen.core.execution import Execution, make_mesh, place
 from fedgen.core.federation import Batch, Cohort, Data, Federation, Pool, Rows
 from fedgen.core.fit import Schedule
 from fedgen.models.mlp import mlp
@@ -138,6 +138,33 @@ def test_joint_and_marginal_densities(toy_model):
 def test_rare_labels_stay_possible():
     labels = _vae_mixture._log_labels(jnp.asarray([[1.0, 0.0, 0.0, 0.0]]))
     np.testing.assert_allclose(np.exp(labels), [[0.9925] + [0.0025] * 3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["normal", "bernoulli", "continuous_bernoulli"])
+def test_generated_samples_are_means(likelihood):
+    logits = np.array([0.0, 0.02, -0.04, 1.5, -6.0])
+    vae = normal(5)._replace(
+        decode=lambda params, z, y: jnp.tile(params["mean"][None], (len(z), 1))
+    )
+    components = Components({"mean": jnp.asarray([logits, -logits])}, (), ())
+    found = fedgmi_estimates.generate(
+        Density(vae, likelihood, "x"), components, KEY, 3, (5, 1)
+    )
+    assert found.shape == (2, 3, 5, 1)
+    grid = (np.arange(200000) + 0.5) / 200000
+
+    def expected(a):
+        if likelihood == "normal":
+            return a
+        if likelihood == "bernoulli":
+            return 2 * scipy.special.expit(a) - 1
+        # The density is proportional to exp(a x) on [0, 1].
+        weight = np.exp(a * grid)
+        return 2 * np.mean(grid * weight) / np.mean(weight) - 1
+
+    for k, sign in enumerate((1, -1)):
+        mean = [expected(sign * a) for a in logits]
+        np.testing.assert_allclose(found[k, 1, :, 0], mean, atol=1e-4)
 
 
 # E-step's table and resampling.
@@ -296,8 +323,8 @@ def test_a_client_tells_mean_and_covariance():
     told = _survey.tell(by_entry, data, 4)
     x = np.asarray(data.pool.x)[np.asarray(data.order[2:9]), 0]
     np.testing.assert_allclose(told.mean[:2], [x.mean(), 0], rtol=1e-5)
-    np.testing.assert_allclose(told.cov.value[0, 0], x.var(), rtol=1e-4)
-    assert float(told.cov.weight) == 7
+    np.testing.assert_allclose(told.cov.value[0, 0], x.var(ddof=1), rtol=1e-4)
+    assert float(told.cov.weight) == 6
     nothing = _survey.tell(by_entry, client_of(0), 4)
     assert float(nothing.cov.weight) == 0
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(nothing))
@@ -362,9 +389,13 @@ def test_the_number_of_components_is_estimated():
         with pytest.raises(ValueError, match="num_components must be given, or est"):
             jax.eval_shape(algorithm.init, KEY, federation)
         prepared = algorithm.prepared(federation)
+        assert prepared.prepared(federation) is prepared
+        spread = place(federation, make_mesh(2))
         server, (clients,) = jax.eval_shape(prepared.init, KEY, federation)
         assert clients.shape == (12, k)
         assert server.shared.guide.bias.shape == (k,)
+        init = algorithm.prepared(spread).init
+        assert jax.eval_shape(init, KEY, spread)[1][0].shape == (12, k)
     few = fedgmi(optax.sgd(0.1), Schedule(4), upload="top", num_sent=2)
     with pytest.raises(ValueError, match="num_sent must be <= 1, the number of comp"):
         few.prepared(federation)
@@ -439,7 +470,7 @@ def test_the_guided_step(by_hand):
     np.testing.assert_allclose(after.clients[0], [[0, 1], [0, 1]], atol=1e-5)
     mean = after.server.shared.components.vaes["mean"]
     np.testing.assert_allclose(mean, [[10.0], [-10 + RATE]], rtol=1e-5)
-    assert float(report.metrics["bytes_up"]) == 4 * (2 + 2)
+    assert float(report.metrics["needed_up"]) == 4 * (2 + 2)
     assert int(after.server.shared.clock) == 2
     # What was told is not forgotten, and the guide not made again.
     chex.assert_trees_all_equal(after.server.survey, state.server.survey)
@@ -456,13 +487,100 @@ def test_the_em_step(by_hand):
     mean = after.server.shared.components.vaes["mean"]
     np.testing.assert_allclose(mean, [[10 + RATE / 3], [-10.0]], rtol=1e-5)
     # Two numbers a VAE and two a classifier; all four arrive.
-    assert float(report.metrics["bytes_up"]) == 4 * (2 * 2 + 2 * 2)
+    assert float(report.metrics["needed_up"]) == 4 * (2 * 2 + 2 * 2)
 
 
-@pytest.mark.parametrize("settings", [{"truth": np.array([0, 1, 0, 1, 1])}])
-def test_the_diagnosis_starts_at_the_truth(by_hand, settings):
+@pytest.mark.parametrize(
+    ("settings", "up"),
+    [
+        ({"upload": "top"}, 4 * (2 + 2)),
+        ({"upload": "top", "num_sent": 2}, 4 * 2 * (2 + 2)),
+        ({"payload": "bfloat16"}, 2 * 2 * (2 + 2)),
+    ],
+    ids=str,
+)
+def test_frugal_steps(by_hand, settings, up):
     federation, _, state, _ = by_hand
     algorithm = fedgmi(optax.sgd(0.1), Schedule(4), **SETTINGS, **settings)
+    step = jax.jit(
+        rounds.make_round(algorithm, participation.full(), Execution(chunk=1))
+    )
+    after, report = step(at(state, 2, [10.0, -10.0]), federation, KEY)
+    # The EM step by hand; component 1 is nobody's largest, or goes up as much as down.
+    mean = after.server.shared.components.vaes["mean"]
+    np.testing.assert_allclose(mean, [[10 + RATE / 3], [-10.0]], rtol=1e-3)
+    assert float(report.metrics["needed_up"]) == up
+
+
+def test_a_client_weighs_all_it_holds_and_uses_some(by_hand):
+    federation, _, state, _ = by_hand
+    sign = jnp.asarray([1.0, 1.0, 1.0, -1.0, -1.0])[:, None]
+    pool = federation.pool._replace(x=jnp.abs(federation.pool.x) * sign)
+    federation = dataclasses.replace(federation, pool=pool)
+    settings = SETTINGS | {"max_samples": 1}
+    algorithm = fedgmi(optax.sgd(0.1), Schedule(4), **settings)
+    step = jax.jit(
+        rounds.make_round(algorithm, participation.full(), Execution(chunk=1))
+    )
+    after, _ = step(at(state, 0, [0.0, 0.0]), federation, KEY)
+    # Client 0, with three samples, up; client 1, with two, down.
+    mean = after.server.shared.components.vaes["mean"]
+    np.testing.assert_allclose(mean, [[RATE / 5], [RATE / 5]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("density", ["xy", "cvae"])
+def test_labels_tell_components_apart_where_inputs_do_not(by_hand, density):
+    federation, _, state, _ = by_hand
+    algorithm = fedgmi(optax.sgd(0.1), Schedule(4), **SETTINGS, density=density)
+    step = jax.jit(
+        rounds.make_round(algorithm, participation.full(), Execution(chunk=1))
+    )
+    before = at(state, 2, [0.0, 0.0])
+    shared, labels = before.server.shared, ()
+    body, head = np.array([1.0, 1.0]), np.array([0.3, -0.2])
+    if density == "cvae":
+        labels = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
+    shared = shared._replace(
+        components=shared.components._replace(
+            classifiers={"body": jnp.float32(body), "head": jnp.float32(head)},
+            labels=labels,
+        )
+    )
+    before = before._replace(server=before.server._replace(shared=shared))
+    after, _ = step(before, federation, KEY)
+    count = np.zeros((2, 2))
+    x, y = np.asarray(federation.pool.x)[:, 0], np.asarray(federation.pool.y)
+    for client, rows in enumerate((slice(0, 3), slice(3, 5))):
+        if density == "xy":
+            margin = np.outer(x[rows], body * head)
+            table = scipy.special.log_expit(np.where(y[rows, None], margin, -margin))
+        else:
+            table = np.log(0.99 * labels + 0.005)[:, y[rows]].T
+        share = np.full(2, 0.5)
+        for _ in range(2000):
+            r = scipy.special.softmax(np.log(share) + table, axis=1)
+            share = r.mean(axis=0)
+        np.testing.assert_allclose(after.clients[0][client], share, atol=2e-3)
+        count += r.T @ np.eye(2)[y[rows]]
+    if density == "cvae":
+        frequency = count / count.sum(axis=1, keepdims=True)
+        found = after.server.shared.components.labels
+        np.testing.assert_allclose(found, frequency, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "truth", [[0, 1], [0, 1, 2, 0, 1], [0, -1, 0, 0, 0], [0.0, 1.0, 0.0, 0.0, 1.0]]
+)
+def test_a_truth_that_does_not_fit_is_refused(by_hand, truth):
+    algorithm = fedgmi(optax.sgd(0.1), Schedule(4), **SETTINGS, truth=np.array(truth))
+    with pytest.raises(ValueError, match=r"truth must hold integers in \[0, 2\) for 5"):
+        rounds.init_state(algorithm, by_hand[0], KEY)
+
+
+def test_the_diagnosis_starts_at_the_truth(by_hand):
+    federation, _, state, _ = by_hand
+    truth = np.array([0, 1, 0, 1, 1])
+    algorithm = fedgmi(optax.sgd(0.1), Schedule(4), **SETTINGS, truth=truth)
     step = jax.jit(
         rounds.make_round(algorithm, participation.full(), Execution(chunk=1))
     )
@@ -483,14 +601,15 @@ def test_lazy_vaes_rest(by_hand):
     step = jax.jit(
         rounds.make_round(algorithm, participation.full(), Execution(chunk=1))
     )
-    for clock, moved in ((1, True), (2, False), (3, True), (4, False)):
+    for clock, moved, models in ((1, 1, 1), (2, 0, 2), (3, 1, 2), (4, 0, 2)):
         before = at(state, clock, [10.0, -10.0])
         after, report = step(before, federation, KEY)
         new, old = (s.server.shared.components for s in (after, before))
         assert bool(np.any(new.vaes["mean"] != old.vaes["mean"])) == moved
         assert np.any(new.classifiers["head"] != old.classifiers["head"])
-        down = 4 * 2 * (2 + 2 * moved)
-        assert float(report.metrics["bytes_down"]) == down
+        # VAEs come down in the round after they moved; the first round needs one.
+        down = 4 * models * (2 + 2 * (clock != 3))
+        assert float(report.metrics["needed_down"]) == down
 
 
 def test_one_component_is_fedavg(by_hand, train):
@@ -598,7 +717,7 @@ def test_proportions_of_obvious_domains_are_found(learned):
     _, federation, state, _, proportions, _, truth = learned
     estimate = proportions(state, federation, KEY)
     error = fedgmi_estimates.proportion_error(estimate, jnp.asarray(truth, jnp.float32))
-    assert float(error) < 0.02
+    assert float(error) < 0.04
     error = fedgmi_estimates.proportion_error(
         state.clients[0], jnp.asarray(truth, jnp.float32)
     )
@@ -614,7 +733,7 @@ def test_new_clients_take_e_and_pi_steps_only(learned):
     newcomers = dataclasses.replace(federation, pool=pool)
     estimate = proportions(state, newcomers, KEY)
     error = fedgmi_estimates.proportion_error(estimate, jnp.asarray(truth, jnp.float32))
-    assert float(error) < 0.02
+    assert float(error) < 0.04
 
 
 def test_all_stages_share_one_compilation(learned):
@@ -650,6 +769,8 @@ def test_error_of_proportions_does_not_depend_on_their_order():
         ("upload", "none"),
         ("num_sent", 0),
         ("vae_every", 0),
+        ("hidden", 0),
+        ("latent", 0),
         ("payload", "int8"),
     ],
 )
@@ -657,4 +778,4 @@ def test_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*got {value!r}"):
         fedgmi(optax.sgd(0.1), Schedule(4), **{name: value})
     with pytest.raises(ValueError, match="num_sent must be <= 2, the number"):
-        fedgmi(optax.sgd(0.1), Schedule(4), num_components=2, num_sent=3)
+        fedgmi(optax.sgd(0.1), Schedule(4), num_components=2, upload="top", num_sent=3)

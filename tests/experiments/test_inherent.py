@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -94,15 +95,20 @@ def test_densities_are_of_samples_as_models_see_them(folder):
     [
         ({"algorithm": "fedavg"}, "runs must have --algorithm=fedgmi, got fedavg"),
         ({"partition": "iid"}, "runs must have --partition=mixture, got iid"),
+        ({"rounds": 2}, "runs must have at least 3 rounds, or EM never begins, got 2"),
     ],
 )
 def test_other_runs_are_refused(folder, tmp_path, change, message):
     stored = json.loads((folder / "config.json").read_text())
     stored["flags"] |= change
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="runs must be folders of finished runs"):
-        inherent.check(str(tmp_path))
-    (tmp_path / "summary.json").write_text("{}")
+    for name in ("summary.json", "checkpoints"):
+        with pytest.raises(ValueError, match="runs must be folders of finished runs"):
+            inherent.check(str(tmp_path))
+        if name == "summary.json":
+            (tmp_path / name).write_text("{}")
+        else:
+            (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=message):
         inherent.check(str(tmp_path))
 
@@ -113,7 +119,39 @@ def test_a_run_without_checkpoints_cannot_be_loaded(folder, tmp_path):
     for name in ("config.json", "summary.json"):
         (tmp_path / name).write_text((folder / name).read_text())
     with pytest.raises(
-        ValueError, match="must hold the checkpoints of a run, got none"
+        ValueError, match="a checkpoint of round 3, the last one, got no"
     ):
         experiment.load(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_reading_a_run_changes_nothing_there(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    stored = json.loads((copy / "config.json").read_text())
+    stored["flags"]["model"] = "mlp5"  # another shape than that of the checkpoints
+    (copy / "config.json").write_text(json.dumps(stored))
+    files = sorted(copy.rglob("*"))
+    with pytest.raises(ValueError, match="a checkpoint of round 3.*cannot be used"):
+        experiment.load(copy)
+    assert sorted(copy.rglob("*")) == files
+    stored["flags"]["colour"] = "red"
+    (copy / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(
+        ValueError, match=r"of another version, with flags \['colour'\]"
+    ):
+        experiment.load(copy)
+
+
+def test_em_is_run_from_the_truth(folder, monkeypatch):
+    told = {}
+    real = inherent.fedgmi
+
+    def spy(*args, **settings):
+        told.update(settings)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(inherent, "fedgmi", spy)
+    first, last = inherent.diagnose(str(folder))
+    assert told["num_components"] == 2 and len(told["truth"]) == 400
+    assert 0 <= first <= 1 and 0 <= last <= 1
