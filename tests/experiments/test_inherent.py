@@ -118,9 +118,7 @@ def test_a_run_without_checkpoints_cannot_be_loaded(folder, tmp_path):
         experiment.load(tmp_path)
     for name in ("config.json", "summary.json"):
         (tmp_path / name).write_text((folder / name).read_text())
-    with pytest.raises(
-        ValueError, match="a checkpoint of round 3, the last one, got no"
-    ):
+    with pytest.raises(ValueError, match="a checkpoint of round 3, the last"):
         experiment.load(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -137,9 +135,7 @@ def test_reading_a_run_changes_nothing_there(folder, tmp_path):
     assert sorted(copy.rglob("*")) == files
     stored["flags"]["colour"] = "red"
     (copy / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(
-        ValueError, match=r"of another version, with flags \['colour'\]"
-    ):
+    with pytest.raises(ValueError, match="of another version, with flags .*colour"):
         experiment.load(copy)
 
 
