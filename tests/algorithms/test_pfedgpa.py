@@ -184,6 +184,7 @@ def test_linear_is_pca_shrinkage(federation, population_of, version, eta, power)
     [
         {"version": "noise_maps"},
         {"version": "ddim", "gamma": 0.8},
+        {"version": "ddim", "gamma": 0.8, "eta": 1.0},
         {"version": "noising", "gamma": 1.0},
         {"version": "noising", "gamma": 1.0, "eta": 1.0},
         {"version": "noising", "gamma": 1.0, "eta": 0.5},
