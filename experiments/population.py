@@ -4,7 +4,8 @@ Takes the flags of experiments.run. Clients of a group share a permutation of th
 labels, so that each group is a mode of the population, with many uploads. Every
 variant of the generator stands beside the same pipeline with the best linear map
 ("linear") and without any generation ("none"); all of a seed share data and warm-up.
-Newcomers join after the last round. Writes tables.md, results.json and two pictures.
+Newcomers join after the last round. Writes tables.md, results.json, and of the first
+seed memory.md and two pictures. Flags that would have no effect are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import run
-from fedgen import models
+from fedgen import algorithms, models
 from fedgen.aggregators import diffusion
 from fedgen.algorithms.pfedgpa import fit_codec, init_learner, learn
 from fedgen.core import evaluate, execution, rounds, simulate
@@ -58,6 +59,23 @@ VARIANTS = flags.DEFINE_list(
 OMEGAS = flags.DEFINE_list("omegas", ["-1", "0", "4"], "Guidance of the newcomers.")
 
 NEWCOMER_ROUNDS, LOCAL_ROUNDS = 2, (1, 2, 3, 10)
+FOLDS, MEMORY_STEPS = 5, 300  # of the picture of what a denoiser remembers
+SIZES = (10, 20, 40, 80, 160, 320)
+IGNORED = (
+    "baselines",
+    "samples",
+    "inherent",
+    "corruption",
+    "severity",
+    "participation",
+    "dropout",
+    "stragglers",
+    "eval_every",
+    "checkpoint_every",
+    "devices",
+)
+OWN = ("generator", "version", "depth", "gamma", "omega")  # set by the variants
+PICTURED = ("rank", "layers", "center")
 
 
 class Score(NamedTuple):
@@ -473,7 +491,7 @@ def picture_memory(population: Population, steps: int, folds: int, path) -> str:
     left.legend(fontsize=7)
     lines = ["| clients | loss on theirs | on others | linear, on others |"]
     lines.append("|---:|---:|---:|---:|")
-    sizes = [s for s in (10, 20, 40, 80, 160, 320) if s < n]
+    sizes = [s for s in SIZES if s < n]
     curves = []
     order = np.random.default_rng(1).permutation(n)
     for size in sizes:
@@ -504,15 +522,76 @@ def picture_memory(population: Population, steps: int, folds: int, path) -> str:
     return "\n".join(lines)
 
 
-def work() -> None:
-    """Do what the flags say."""
-    config = dataclasses.replace(run.read_config(), algorithm="pfedgpa", baselines=())
+def read_config() -> Config:
+    """Collect and check the flags.
+
+    Raises:
+      ValueError: If a flag is out of range, or would be ignored.
+    """
+    asked, usual = run.read_config(), Config()
+    for name in IGNORED:
+        value, default = getattr(asked, name), getattr(usual, name)
+        if value != default:
+            raise ValueError(f"{name} has no effect here and must be unset: {value!r}")
+    if run.RESUME.value:
+        raise ValueError("resume has no effect here and must be unset")
+    if asked.algorithm not in (usual.algorithm, "pfedgpa"):
+        raise ValueError(f"algorithm must be pfedgpa, got {asked.algorithm}")
+    for name in OWN:
+        if name in asked.hyperparameters:
+            raise ValueError(
+                f"{name} follows from --variants and --omegas, got --set={name}="
+                f"{asked.hyperparameters[name]}"
+            )
     own = {"warmup": "10", "newcomer_rounds": str(NEWCOMER_ROUNDS)}
     config = dataclasses.replace(
-        config, hyperparameters={**own, **config.hyperparameters}
+        asked,
+        algorithm="pfedgpa",
+        baselines=(),
+        hyperparameters={**own, **asked.hyperparameters},
     )
     config.check()
-    variants, omegas = VARIANTS.value, [float(omega) for omega in OMEGAS.value]
+    if config.num_clients <= SIZES[0]:
+        raise ValueError(
+            f"num_clients must be above {SIZES[0]}, got {config.num_clients}"
+        )
+    if config.partition == "mixture" or "," in config.model:
+        raise ValueError(
+            "partition must not be mixture and model must be one, got "
+            f"{config.partition} and {config.model}"
+        )
+    values = algorithms.settings("pfedgpa", config.hyperparameters)
+    if values["rank"] is None or values["layers"] != "all" or not values["center"]:
+        raise ValueError(
+            "the pictures need a number for rank, layers=all and center=true, got "
+            + ", ".join(f"{name}={values[name]}" for name in PICTURED)
+        )
+    return config
+
+
+def read_omegas() -> list[float]:
+    """Read --omegas.
+
+    Raises:
+      ValueError: If there are none, or one is not a number.
+    """
+    try:
+        omegas = [float(omega) for omega in OMEGAS.value]
+    except ValueError:
+        raise ValueError(
+            f"omegas must be numbers, got {','.join(OMEGAS.value)}"
+        ) from None
+    if not omegas:
+        raise ValueError("omegas must hold a number, got none")
+    return omegas
+
+
+def work() -> None:
+    """Do what the flags say."""
+    config = read_config()
+    variants, omegas = VARIANTS.value, read_omegas()
+    if not variants:
+        raise ValueError("variants must hold a version:depth:gamma, got none")
     lab = Lab(config)
     for text in variants:
         lab.algorithm(generator="diffusion", **variant(text))
@@ -548,7 +627,9 @@ def work() -> None:
             population = look(reference, config.hyperparameters, config.num_clients)
             first = variant(variants[0])
             picture_codes(population, first, GROUPS.value, folder / "codes.png")
-            text = picture_memory(population, 300, 5, folder / "memory.png")
+            text = picture_memory(
+                population, MEMORY_STEPS, FOLDS, folder / "memory.png"
+            )
             (folder / "memory.md").write_text(text + "\n")
     sys.stdout.write((folder / "tables.md").read_text())
 

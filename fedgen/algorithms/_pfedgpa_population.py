@@ -210,8 +210,8 @@ def linear_factor(
     """Average what `regenerate` multiplies codes by under the best linear denoiser.
 
     With k = `diffusion.shrinkage_factor` of the variances `[r]`: the maps of version A
-    hold what the mean path, which ends at k, leaves out; B comes back whole; C ends at
-    sqrt(k) without fresh noise and at k with all of it.
+    hold what the mean path, which ends at k, leaves out; B comes back whole without
+    fresh noise and ends at sqrt(k) with all of it; C at sqrt(k) and at k.
 
     Returns:
       `[r]`, for infinitely short steps.
@@ -220,7 +220,7 @@ def linear_factor(
     if version == "noise_maps":
         return gamma + (1 - gamma) * k
     if version == "ddim":
-        return jnp.full_like(k, gamma)
+        return gamma * k ** (eta**2 / 2)
     return gamma * k ** ((1 + eta**2) / 2)
 
 

@@ -24,7 +24,10 @@ Choices made here (see also `aggregators/diffusion.py`):
 - The denoiser is a residual perceptron on top of the best linear denoiser, trained on
   the last `memory` uploads of each client, with a little noise. Its average generates.
 - Whatever is not finite, or moves further than `max_move` population standard
-  deviations, is not sent: the client gets its own upload back.
+  deviations, is not sent: the client gets its own upload back. A denoiser that
+  diverges stops the run all the same, which names the round.
+- A round's mean is that of its participants. With few of them a round it wanders, and
+  what the memory holds are deviations from different means.
 
 Two controls belong in every table: `generator="none"` sends clients what they uploaded,
 so that after the warm-up each trains alone; `generator="linear"` shrinks principal
@@ -133,7 +136,7 @@ def pfedgpa(
       denoiser_width: Hidden units.
       jitter: Standard deviation of the noise added to codes in training, in units of
         their size.
-      decay: Of the average of the denoiser's weights, in [0, 1].
+      decay: Of the average of the denoiser's weights, in [0, 1).
       max_move: Longest way from an upload to what is sent for it, in standard
         deviations of the population; may be infinite.
       newcomer_rounds: Rounds I of guided denoising for clients first seen after the
@@ -163,7 +166,9 @@ def pfedgpa(
     )
     _options.check_at_least(0, infinite=True, max_move=max_move)
     _options.check_at_least(-1, omega=omega)
-    _options.check_share(rho=rho, gamma=gamma, eta=eta, decay=decay)
+    _options.check_share(rho=rho, gamma=gamma, eta=eta)
+    if not 0 <= decay < 1:  # At 1 the network that generates would never learn.
+        raise ValueError(f"decay must be in [0, 1), got {decay}")
     _options.check_positive(denoiser_rate=denoiser_rate)
     if rank is not None:
         _options.check_at_least(1, rank=rank)

@@ -6,9 +6,9 @@ functions take arrays and a callable, and know of no system:
 - **Density**: nats of held-out samples under every component, next to those of the
   training samples; the gap is what was learnt by heart.
 - **Distance**: from every generated sample to the nearest training sample, next to the
-  same distance of held-out samples. A generator as good as the data has the same
-  distances; one that copies has smaller ones. So has one that blurs, since means lie
-  close to everything: `plots.samples` shows which.
+  same distance of the held-out samples that its component explains best. A generator as
+  good as the data has the same distances; one that copies has smaller ones. So has one
+  that blurs, since means lie close to everything: `plots.samples` shows which.
 
 References:
   Meehan, Chaudhuri and Dasgupta, A non-parametric test to detect data-copying in
@@ -41,10 +41,11 @@ class DensityReport(NamedTuple):
       distance: `[k, g]` from generated samples to their nearest training samples.
       nearest: `[k, g]` which training samples these are.
       held_out_distance: `[h]` from held-out samples to theirs.
-      ratio: `[k]` median distance of generated samples over that of held-out ones;
-        NaN if the latter is 0.
-      copying: `[k]` chance that a generated sample is nearer to the training samples
-        than a held-out one: 1/2 for a generator as good as the data, 1 for a copier.
+      ratio: `[k]` median distance of a component's samples over that of the held-out
+        samples that it explains best; NaN if the latter is 0.
+      copying: `[k]` chance that a component's sample is nearer to the training samples
+        than one of these: 1/2 for a component as good as its share of the data, 1 for a
+        copier. Both are NaN for a component that explains no held-out sample best.
     """
 
     log_density: np.ndarray
@@ -110,22 +111,32 @@ def density_report(
     nats = _in_batches(log_density, held_out, samples.shape[0], batch_size)
     train_nats = _in_batches(log_density, train, samples.shape[0], batch_size)
     distance = distance.reshape(samples.shape[:2])
-    usual = np.median(held_out_distance)
-    winner = np.bincount(nats.argmax(1), minlength=nats.shape[1])
-    pairs = distance.shape[1] * len(held_out_distance)
+    winner = nats.argmax(1)
+    compared = [
+        _compare(of_k, held_out_distance[winner == k])
+        for k, of_k in enumerate(distance)
+    ]
+    ratio, copying = np.array(compared).T
     return DensityReport(
         nats.mean(0),
         train_nats.mean(0),
         float(nats.max(1).mean()),
-        winner / len(nats),
+        np.bincount(winner, minlength=nats.shape[1]) / len(nats),
         distance,
         index.reshape(samples.shape[:2]),
         held_out_distance,
-        np.median(distance, axis=1) / (usual if usual > 0 else np.nan),
-        np.array(
-            [stats.mannwhitneyu(held_out_distance, d)[0] / pairs for d in distance]
-        ),
+        ratio,
+        copying,
     )
+
+
+def _compare(distance: np.ndarray, usual: np.ndarray) -> tuple[float, float]:
+    """Return the ratio of medians, and the chance that a distance is the smaller."""
+    if not usual.size:
+        return np.nan, np.nan
+    median = np.median(usual)
+    ratio = np.median(distance) / (median if median > 0 else np.nan)
+    return ratio, stats.mannwhitneyu(usual, distance)[0] / (distance.size * usual.size)
 
 
 def nearest(x: ArrayLike, train: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -123,7 +123,7 @@ def test_without_depth_nothing_moves(federation, population_of):
     x = population_of()
     spread = distance(x, x.mean(0)[None])
     moved = []
-    for depth in (1, 20, 400):
+    for depth in (1, 400):
         algorithm = build(
             warmup=0,
             version="noising",
@@ -137,7 +137,7 @@ def test_without_depth_nothing_moves(federation, population_of):
         server, _ = serve(algorithm, federation, everybody(x))
         moved.append(distance(server.sent, x) / spread)
     assert moved[0] < 0.02
-    assert moved[0] < moved[1] < moved[2]
+    assert moved[1] > 0.2
 
 
 def principal(x, rank):
@@ -184,16 +184,34 @@ def test_linear_is_pca_shrinkage(federation, population_of, version, eta, power)
     [
         {"version": "noise_maps"},
         {"version": "ddim", "gamma": 0.8},
+        {"version": "ddim", "gamma": 0.8, "eta": 1.0},
         {"version": "noising", "gamma": 1.0},
         {"version": "noising", "gamma": 1.0, "eta": 1.0},
         {"version": "noising", "gamma": 1.0, "eta": 0.5},
     ],
 )
-def test_linear_is_the_mean_of_diffusion_without_a_network(
-    federation, population_of, options
-):
+def test_linear_is_the_mean_of_diffusion_in_closed_form(options):
+    options = {"eta": 0.0, "gamma": 0.5, "depth": 250, **options}
+    times, variance = diffusion.linear_schedule(), jnp.array([0.3, 0.8, 2.0])
+    denoise = diffusion.gaussian_denoiser(times, jnp.zeros(3), variance)
+    z = jnp.array([0.6, -1.0, 1.5])
+
+    @jax.jit
+    @jax.vmap
+    def drawn(key):
+        keys = jax.random.split(key)
+        return population.regenerate(denoise, times, z, *keys, steps=25, **options)
+
+    codes = drawn(jax.random.split(KEY, 2000))
+    factor = population.linear_factor(times, variance, **options)
+    error = jnp.std(codes, axis=0) / 2000**0.5
+    # Steps of a finite length, and five standard errors.
+    assert jnp.all(jnp.abs(codes.mean(0) - factor * z) < 0.02 * abs(z) + 5 * error)
+
+
+def test_linear_is_the_mean_of_diffusion_without_a_network(federation, population_of):
     # An untrained network predicts nothing, which leaves the best linear denoiser.
-    options = {"warmup": 0, "depth": 250, "steps": 25, "max_move": np.inf, **options}
+    options = {"warmup": 0, "depth": 250, "steps": 25, "max_move": np.inf}
     x = population_of()
     linear, _ = serve(build(generator="linear", **options), federation, everybody(x))
     algorithm = build(denoiser_steps=0, **options)
@@ -406,6 +424,27 @@ def test_absent_clients_leave_no_trace(federation, population_of, generator):
     )
     chex.assert_trees_all_equal(nobody.params, server.params)
     np.testing.assert_array_equal(nobody.sent, server.sent)
+
+
+@pytest.mark.parametrize("generator", ["diffusion", "linear"])
+def test_a_round_of_two_after_the_warm_up(federation, population_of, generator):
+    algorithm, x = build(warmup=1, generator=generator), population_of()
+    two = np.isin(np.arange(N), (3, 8))
+    before, _ = serve(algorithm, federation, *[everybody(x)] * 2)
+    junk = jnp.where(two[:, None], x, jnp.nan)
+    after, metrics = serve(
+        algorithm,
+        federation,
+        (junk, two.astype(float), np.where(two, np.arange(N), -1)),
+        server=before,
+    )
+    chex.assert_tree_all_finite((after, metrics))
+    np.testing.assert_array_equal(after.sent[~two], before.sent[~two])
+    assert np.all(np.any(after.sent[two] != before.sent[two], axis=1))
+    assert metrics["rejected"] == 0
+    np.testing.assert_array_equal(after.replay.pushes, 2 + two)
+    mean = ravel_pytree(after.params)[0]  # of these two: the documented limit
+    np.testing.assert_allclose(mean, x[two].mean(0), atol=1e-6)
 
 
 def test_a_round_before_anybody_came_is_finite(federation, population_of):
@@ -624,21 +663,23 @@ def opposites(toy_federation):
 
 
 def test_opposite_groups_keep_their_mode(opposites):
-    algorithm = build(warmup=2, denoiser_steps=30, depth=100, gamma=0.5)
-    state, _ = run(algorithm, opposites, start(algorithm, opposites), 6)
+    algorithm = build(warmup=2, denoiser_steps=30, depth=100, gamma=0.5, rho=1.0)
+    state, _ = run(algorithm, opposites, start(algorithm, opposites), 3)
     control = build(warmup=2, generator="none")
-    apart, _ = run(control, opposites, start(control, opposites), 6)
+    apart, _ = run(control, opposites, start(control, opposites), 3)
 
-    sent = np.asarray(state.server.sent)
-    means = np.stack([sent[i::2].mean(0) for i in range(2)])
+    # After one round of generation the control's are what was uploaded to it.
+    sent, uploads = np.asarray(state.server.sent), np.asarray(apart.server.sent)
+    means = np.stack([uploads[i::2].mean(0) for i in range(2)])
     gap = np.linalg.norm(sent[:, None] - means[None], axis=2)
-    nearest = gap.argmin(axis=1)
-    np.testing.assert_array_equal(nearest, np.arange(10) % 2)
+    own = np.take_along_axis(gap, np.arange(10)[:, None] % 2, axis=1)[:, 0]
+    # The uploads themselves have 0.62, and modes that merge have 1.
+    assert np.mean(own / (gap.sum(axis=1) - own)) < 0.75
 
     def within(x):
         return sum(np.var(x[i::2], axis=0).sum() for i in range(2))
 
-    assert within(sent) < 0.8 * within(np.asarray(apart.server.sent))
+    assert within(sent) < within(uploads)
 
 
 def test_deep_and_without_a_code_clients_lose_their_mode(opposites):
@@ -677,6 +718,7 @@ def test_deep_and_without_a_code_clients_lose_their_mode(opposites):
         ({"gamma": -0.1}, "gamma must be in"),
         ({"eta": 2.0}, "eta must be in"),
         ({"decay": float("nan")}, "decay must be in"),
+        ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         ({"depth": 5}, r"depth must be in .* = \[6, 1000\], got 5"),
         ({"depth": 1001}, "depth must be in"),
         ({"denoiser_steps": -1}, "denoiser_steps must be >= 0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +111,51 @@ def test_a_denoiser_of_few_clients_knows_the_others_less():
     assert jnp.mean(network[:3]) < jnp.mean(network[3:])
 
 
+def test_a_small_run_writes_what_is_promised(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(execution, "use_cores", lambda: None)
+    monkeypatch.setattr(population, "MEMORY_STEPS", 2)
+    monkeypatch.setattr(population, "LOCAL_ROUNDS", (1, 2))
+    own = ("warmup=1", "memory=2", "rank=2", "denoiser_steps=2", "denoiser_width=8")
+    words = [
+        "population",
+        f"--workdir={tmp_path}",
+        *("--num_clients=12", "--new_clients=2", "--groups=2", "--seeds=1"),
+        *("--alpha=1", "--model=mlp4", "--rounds=2", "--local_steps=1"),
+        *("--variants=noising:30:1", "--omegas=0"),
+        *(f"--set={pair}" for pair in own),
+        "--set=steps=2",
+    ]
+    with flagsaver.flagsaver():
+        population.main(run.parse(words))
+    text = (tmp_path / "tables.md").read_text()
+    assert capsys.readouterr().out == text
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line]
+    assert names == [
+        "method",
+        "---",
+        "diffusion noising:30:1",
+        "linear noising:30:1",
+        "none",
+        "local_only",
+        "fedavg_ft",
+        "newcomers",
+        "---",
+        "own start, 1 local rounds",
+        "own start, 2 local rounds",
+        "mean, local rounds only",
+        "mean, denoised, omega 0",
+        "mean, inverted as all others",
+    ]
+    assert "nan" not in text
+    trained, newcomers = json.loads((tmp_path / "results.json").read_text())
+    assert set(trained) | set(newcomers) == set(names) - {"method", "newcomers", "---"}
+    assert np.shape(trained["none"]) == (2, 1, 12)
+    assert np.shape(newcomers["mean, denoised, omega 0"]) == (2, 1, 2)
+    assert "| 10 |" in (tmp_path / "memory.md").read_text()
+    for name in ("codes.png", "memory.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -118,6 +165,25 @@ def test_a_denoiser_of_few_clients_knows_the_others_less():
         ("--groups=0", "groups must be in [1, 20], got 0"),
         ("--rounds=10", "rounds must be more than the warm-up's 10, got 10"),
         ("--new_clients=1", "new_clients at least 2"),
+        ("--num_clients=10", "num_clients must be above 10, got 10"),
+        ("--set=rank=none", "need a number for rank, layers=all and center=true"),
+        ("--set=layers=head", "got rank=8, layers=head, center=True"),
+        ("--set=center=false", "got rank=8, layers=all, center=False"),
+        ("--set=gamma=1", "gamma follows from --variants and --omegas"),
+        ("--omegas=", "omegas must hold a number, got none"),
+        ("--omegas=0,much", "omegas must be numbers, got 0,much"),
+        ("--variants=", "variants must hold a version:depth:gamma, got none"),
+        ("--partition=mixture", "partition must not be mixture"),
+        ("--model=mlp32,mlp64", "model must be one"),
+        ("--algorithm=fedavg", "algorithm must be pfedgpa, got fedavg"),
+        ("--samples=500", "samples has no effect here and must be unset: 500"),
+        ("--participation=0.5", "participation has no effect here"),
+        ("--dropout=0.1", "dropout has no effect here"),
+        ("--stragglers=0.1", "stragglers has no effect here"),
+        ("--corruption=all", "corruption has no effect here"),
+        ("--inherent=class_groups", "inherent has no effect here"),
+        ("--baselines=fedavg", "baselines has no effect here"),
+        ("--resume", "resume has no effect here"),
     ],
 )
 def test_wrong_requests_are_refused(flag, message, tmp_path, capsys, monkeypatch):

@@ -50,6 +50,37 @@ def test_as_good_as_the_data_is_no_copying(data):
     np.testing.assert_allclose(report.ratio, 1, atol=0.15)
 
 
+def test_a_component_is_compared_with_what_it_explains():
+    # Two components of very different width: near and far from the training samples.
+    rng = np.random.default_rng(3)
+    means, width = np.array([[-9.0] * 3, [9.0] * 3]), (0.1, 2.0)
+
+    def both(size):
+        return [rng.normal(m, w, (size, 3)) for m, w in zip(means, width, strict=True)]
+
+    def densities(x):
+        return np.stack(
+            [
+                stats.multivariate_normal(m, w**2).logpdf(x)
+                for m, w in zip(means, width, strict=True)
+            ],
+            1,
+        )
+
+    fresh, train = np.stack(both(400)), np.concatenate(both(500))
+    held_out = both(300)
+    report = generators.density_report(
+        densities, fresh, train, np.concatenate(held_out)
+    )
+    np.testing.assert_allclose(report.copying, 0.5, atol=0.06)
+    np.testing.assert_allclose(report.ratio, 1, atol=0.15)
+
+    report = generators.density_report(densities, fresh, train, held_out[0])
+    assert np.isnan(report.copying[1]) and np.isnan(report.ratio[1])
+    summary = json.loads(json.dumps(report.summary(), allow_nan=False))
+    assert summary["copying"] == [report.copying[0], None]
+
+
 def test_a_copier_is_found_out(data):
     fresh, train, held_out = data
     copies = np.stack([train[[7, 3, 90]], fresh[1][:3]])
