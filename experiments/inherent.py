@@ -184,6 +184,13 @@ def main(argv: Sequence[str]) -> None:
             )
         for folder in RUNS.value:
             check(folder)
+        if DIAGNOSE.value:
+            sys.stdout.write("| run | TV where EM begins | TV at the end |\n")
+            sys.stdout.write("|---|---:|---:|\n")
+            for folder in RUNS.value:
+                first, last = diagnose(folder)
+                sys.stdout.write(f"| {folder} | {first:.4f} | {last:.4f} |\n")
+            return
         sys.stdout.write(
             "| run | k | TV | TV of a uniform guess | TV of new clients |\n"
         )

@@ -138,7 +138,7 @@ def unmix(
     num_components: int,
     *,
     mask: jax.Array | None = None,
-    shrinkage: float = 0.01,
+    shrinkage: float = 0.1,
     penalty: float = 300.0,
 ) -> Unmixed:
     """Find components from the mean features of clients that mix them.
@@ -154,7 +154,8 @@ def unmix(
         averaged over clients.
       num_components: Number of components `k`.
       mask: `[n]`, true for clients that exist; all of them by default.
-      shrinkage: Share of the isotropic part that `cov` gets, from 0 to 1.
+      shrinkage: Share of the isotropic part that `cov` gets, from 0 to 1. Directions of
+        little variance are known but roughly, the more so in float32.
       penalty: As for `proportions`.
 
     Raises:
@@ -194,7 +195,7 @@ def estimate_num_components(
     count: jax.Array,
     *,
     mask: jax.Array | None = None,
-    shrinkage: float = 0.01,
+    shrinkage: float = 0.1,
 ) -> tuple[jax.Array, jax.Array]:
     """Count the directions in which clients differ by more than sampling noise.
 

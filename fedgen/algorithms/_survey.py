@@ -74,10 +74,10 @@ def random_features(dim: int, num_classes: int) -> Features:
 def start(ids: jax.Array, num_components: int) -> tuple[Survey, Guide]:
     """Begin with nothing known of clients `[n]`."""
     n, d = ids.shape[0], NUM_FEATURES
-    survey = Survey(
-        ids, jnp.zeros(n), jnp.zeros((n, d)), jnp.zeros((d, d)), jnp.zeros([])
-    )
-    return survey, Guide(jnp.zeros((d, num_components)), jnp.zeros(num_components))
+    zeros = (jnp.zeros(shape) for shape in (n, (n, d), (d, d), ()))
+    guide = Guide(jnp.zeros((d, num_components)), jnp.zeros(num_components))
+    # In the order of ids, so that a client's place changes no rounding.
+    return Survey(jnp.sort(ids), *zeros), guide
 
 
 def tell(features: Features, data: Data, batch_size: int) -> Told:

@@ -19,6 +19,7 @@ import optax
 import pytest
 
 from fedgen.algorithms import REGISTRY, make
+from fedgen.algorithms.fedgmi import Server as FedGmiServer
 from fedgen.core import rounds, simulate
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.execution import AXIS, Execution, make_mesh, place
@@ -225,6 +226,13 @@ def assert_close(a: Any, b: Any) -> None:
     chex.assert_trees_all_close(a, b, rtol=2e-4, atol=2e-5)
 
 
+def without_guide(server: Any) -> Any:
+    """Leave out FedGMI's guide: that of clients who mix nothing is amplified noise."""
+    if not isinstance(server, FedGmiServer):
+        return server
+    return server._replace(shared=server.shared._replace(guide=()))
+
+
 def test_a_round_keeps_the_form_of_the_state(case):
     round_fn = rounds.make_round(case.algorithm, sampler, Execution())
     after, _ = jax.eval_shape(round_fn, case.start, case.federation, KEY)
@@ -282,7 +290,7 @@ def test_two_devices_change_only_the_order_of_sums(case):
     end, reports = make_block(case.algorithm, execution)(
         state, federation, KEY, jnp.int32(ROUNDS)
     )
-    assert_close(end.server, case.end.server)
+    assert_close(*map(without_guide, (end.server, case.end.server)))
     assert_close(reports.metrics, case.reports.metrics)
     chex.assert_trees_all_equal(reports.steps, case.reports.steps)
     for client in range(len(SIZES)):
