@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fedgen.aggregators import gaussian, simplex
 from fedgen.core import fit
 from fedgen.core.algorithm import Mean
-from fedgen.core.federation import Batch, Data, Federation
+from fedgen.core.federation import Batch, Cohort, Data, Federation
 
 NUM_FEATURES = 128
 # Widths of the kernel: typical distances between two samples, in inputs for an entry.
@@ -71,13 +71,13 @@ def random_features(dim: int, num_classes: int) -> Features:
     return features
 
 
-def start(ids: jax.Array, num_components: int) -> tuple[Survey, Guide]:
-    """Begin with nothing known of clients `[n]`."""
-    n, d = ids.shape[0], NUM_FEATURES
+def start(cohort: Cohort, num_components: int) -> tuple[Survey, Guide]:
+    """Begin with nothing known of the clients `[n]` of a cohort."""
+    n, d = cohort.num_real, NUM_FEATURES
     zeros = (jnp.zeros(shape) for shape in (n, (n, d), (d, d), ()))
     guide = Guide(jnp.zeros((d, num_components)), jnp.zeros(num_components))
-    # In the order of ids, so that a client's place changes no rounding.
-    return Survey(jnp.sort(ids), *zeros), guide
+    # In the order of ids, so that a client's place changes no rounding; padding has -1.
+    return Survey(jnp.sort(cohort.ids)[-n:], *zeros), guide
 
 
 def tell(features: Features, data: Data, batch_size: int) -> Told:
@@ -140,7 +140,7 @@ def estimate_num_components(features: Features, federation: Federation) -> int:
             told = told._replace(mean=told.mean[None])
             return listen(survey, id_[None], weight[None], told), None
 
-        survey, _ = start(cohort.ids, 1)
+        survey, _ = start(cohort, 1)
         survey, _ = jax.lax.scan(visit, survey, (cohort.ids, cohort.train))
         return simplex.estimate_num_components(
             survey.mean, survey.cov, survey.count, mask=survey.count > 0

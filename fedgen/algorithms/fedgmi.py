@@ -239,7 +239,7 @@ def fedgmi(
             tree.broadcast(model.init(key), num_components),
             tree.broadcast(even, num_components) if density == "cvae" else (),
         )
-        survey, guide = _survey.start(cohort.ids, num_components)
+        survey, guide = _survey.start(cohort, num_components)
         shared = Shared(components, guide, jnp.int32(0))
         uniform = jnp.full(num_components, 1 / num_components, jnp.float32)
         clients = tree.broadcast(uniform, cohort.num_clients)

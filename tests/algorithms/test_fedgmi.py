@@ -331,7 +331,11 @@ def test_a_client_tells_mean_and_covariance():
 
 
 def test_the_server_keeps_the_newest_word_of_everybody():
-    survey, _ = _survey.start(jnp.asarray([4, 5, 7]), 2)
+    rows = Rows(jnp.zeros(4, jnp.int32), jnp.zeros(4, jnp.int32))
+    ids = jnp.asarray([7, 4, -1, 5])
+    cohort = Cohort(mlp((2,), 2, 3), ids, ids, rows, rows, rows, 3)
+    survey, _ = _survey.start(cohort, 2)
+    assert survey.id.tolist() == [4, 5, 7]
     for ids, weights, means, cov in (
         ([7, 4], [2.0, 6.0], [1.0, 2.0], 3.0),
         # Client 7 again; 5 has failed; somebody unknown is heard by nobody.
@@ -366,7 +370,7 @@ def test_the_guide_tells_components_apart():
     share = np.linspace(0, 1, 12)
     pool, cohort = domains(share, 100, 0)
     features = _survey.random_features(2, 0)
-    survey, _ = _survey.start(cohort.ids, 2)
+    survey, _ = _survey.start(cohort, 2)
     for id_, start in zip(cohort.ids, cohort.train.start, strict=True):
         data = Data(pool, cohort.order, start, jnp.int32(100), jnp.float32(1))
         told = _survey.tell(features, data, 50)
