@@ -147,8 +147,7 @@ def comparison(summary: Mapping[str, Any]) -> table.Table:
         padding=0,
         pad_edge=False,
         caption="accuracy in % of test rows; vs local: gain on local_only in points;\n"
-        "best: at the round that validation chose; as rec.: before personalising;\n"
-        "MiB: all clients",
+        "best: at the round that validation chose; MiB: all clients",
     )
     out.add_column("method", overflow="fold", min_width=10)
     lines = rows(summary)
@@ -156,6 +155,7 @@ def comparison(summary: Mapping[str, Any]) -> table.Table:
     whole = ("global", "{global_accuracy}")
     if "received" in present:
         whole = ("as rec.\nglobal", "{received}\n{global_accuracy}")
+        out.caption += "\nas rec.: before personalising"
     fields = {
         "personal\n± std": "{personal_mean}\n± {personal_std}",
         "worst\ndecile": "{worst_decile}",
