@@ -64,9 +64,12 @@ def no_statistics(gaussians: Gaussians) -> mixture.Statistics:
     )
 
 
-def merge_two(a: mixture.Statistics, b: mixture.Statistics) -> mixture.Statistics:
+def merge_two(
+    a: mixture.Statistics, b: mixture.Statistics, *, between: bool = True
+) -> mixture.Statistics:
     """Pool the samples of two sets of statistics."""
-    return mixture.merge(jax.tree.map(lambda x, y: jnp.stack([x, y]), a, b))
+    both = jax.tree.map(lambda x, y: jnp.stack([x, y]), a, b)
+    return mixture.merge(both, between=between)
 
 
 def pool(
@@ -80,8 +83,7 @@ def pool(
     order = jnp.argsort(ids)
 
     def add(total, one):
-        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), total, one)
-        merged = mixture.merge(both, between=between)
+        merged = merge_two(total, one, between=between)
         here = jnp.any(one.count > 0)
         return jax.tree.map(lambda a, b: jnp.where(here, a, b), merged, total), None
 
