@@ -2,22 +2,27 @@
 
 XLA:CPU runs the gradient of `lax.conv` inside `lax.scan` or `while_loop` 20 to 30
 times slower than outside, and `vmap` over per-client kernels turns a convolution
-into a grouped one, slow everywhere. Here a convolution is static slices and one
-matrix product, which `vmap` batches. Two measures bring a training step of thin
-layers close to the speed of the matrix products alone:
+into a grouped one, slow everywhere. So there are two forms, and `_suits_library` is the
+one place that chooses:
 
-* `_product` fixes the orientation of the product that gives the kernel's gradient;
-* `convolve_pool` computes two neighbouring columns of a wide kernel as one row of
-  the product, with a kernel that holds two shifted copies. That is `(k+1)/k` times
-  the arithmetic and half the rows, so fewer copies and a wider product.
+* On CPU, XLA's convolution with gradients that are turned into plain correlations
+  again (`_correlate`). It copies no patches. Inside a loop it runs on one thread, so
+  every core should be a device (`fedgen.core.execution.use_cores`). Stacked clients
+  take turns.
+* Elsewhere, and where channels are few, static slices and one matrix product, which
+  `vmap` batches. Two measures bring it close to the speed of the products alone:
+  `_product` fixes the orientation of the product that gives the kernel's gradient, and
+  `convolve_pool` computes two neighbouring columns of a wide kernel as one row of the
+  product, with a kernel that holds two shifted copies. That is `(k+1)/k` times the
+  arithmetic and half the rows, so fewer copies and a wider product.
 
-All agree with `flax.linen.Conv` and `flax.linen.max_pool` in outputs and in
-gradients, those of tied maxima included. Because of `_product`, gradients are by
-reverse mode, of any order.
+All agree with `flax.linen.Conv`, `ConvTranspose` and `max_pool` in outputs and in
+gradients, those of tied maxima included. Gradients are by reverse mode, of any order.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -28,6 +33,7 @@ from jax import lax
 from fedgen.core.federation import Model, Params
 
 Padding = str | int | Sequence[tuple[int, int]]
+_FEW_CHANNELS = 4  # to which XLA:CPU's convolution is slower than slices
 
 
 @jax.custom_jvp
@@ -90,6 +96,94 @@ def _check_size(
         )
 
 
+def _suits_library(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> bool:
+    """Tell whether XLA's own convolution is the faster one; traced, hence free.
+
+    On CPU it is up to three times faster than slices, in a form without dilation, which
+    `_correlate` keeps its gradients in. It has a kernel for float32 only. With few
+    channels, or a kernel of one position, there is little to copy and slices win.
+    """
+    return (
+        jax.default_backend() == "cpu"
+        and x.dtype == kernel.dtype == jnp.float32
+        and tuple(strides) == (1, 1)
+        and kernel.shape[:2] != (1, 1)
+        and x.shape[-1] > _FEW_CHANNELS
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _correlate(
+    x: jax.Array, kernel: jax.Array, pads: tuple[tuple[int, int], ...]
+) -> jax.Array:
+    """Correlate with stride 1 by XLA's convolution, gradients included.
+
+    The gradients that JAX would derive dilate, or contract over the batch, which
+    XLA:CPU does by plain loops. Turned as they are here, they are correlations like
+    the first one.
+    """
+
+    # Kernels of several clients would become groups, which are slow everywhere.
+    @jax.custom_batching.sequential_vmap
+    def correlate(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    return correlate(x, kernel)
+
+
+def _correlate_forward(x, kernel, pads):
+    return _correlate(x, kernel, pads), (x, kernel)
+
+
+def _correlate_backward(pads, residuals, cotangent):
+    x, kernel = residuals
+    opposite = tuple(
+        (size - 1 - low, size - 1 - high)
+        for size, (low, high) in zip(kernel.shape[:2], pads, strict=True)
+    )
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    # The batch is what the kernel's gradient sums over, hence its input channels.
+    towards_kernel = _correlate(
+        x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), pads
+    )
+    return (
+        _correlate(cotangent, turned, opposite),
+        towards_kernel.transpose(1, 2, 0, 3),
+    )
+
+
+_correlate.defvjp(_correlate_forward, _correlate_backward)
+
+
+def _by_slices(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+) -> jax.Array:
+    """Correlate by static slices and one matrix product."""
+    window, features = kernel.shape[:2], kernel.shape[-1]
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    high, wide = (
+        (n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True)
+    )
+    patches = jnp.concatenate(
+        [
+            x[
+                :,
+                row : row + (high - 1) * strides[0] + 1 : strides[0],
+                col : col + (wide - 1) * strides[1] + 1 : strides[1],
+            ]
+            for row in range(window[0])
+            for col in range(window[1])
+        ],
+        axis=-1,
+    )
+    return _product(patches, kernel.reshape(-1, features))
+
+
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
@@ -110,26 +204,12 @@ def convolve(
     Raises:
       ValueError: If the padded input is smaller than the kernel.
     """
-    window, features = kernel.shape[:2], kernel.shape[-1]
+    window = kernel.shape[:2]
     pads = _pads(x.shape[1:3], window, strides, padding)
     _check_size("a convolution", x.shape[1:3], window, pads)
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    high, wide = (
-        (n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True)
-    )
-    patches = jnp.concatenate(
-        [
-            x[
-                :,
-                row : row + (high - 1) * strides[0] + 1 : strides[0],
-                col : col + (wide - 1) * strides[1] + 1 : strides[1],
-            ]
-            for row in range(window[0])
-            for col in range(window[1])
-        ],
-        axis=-1,
-    )
-    return _product(patches, kernel.reshape(-1, features))
+    if _suits_library(x, kernel, strides):
+        return _correlate(x, kernel, tuple(pads))
+    return _by_slices(x, kernel, strides, pads)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -168,8 +248,9 @@ def convolve_pool(
     high, wide, channels, features = kernel.shape
     pads = _pads(x.shape[1:3], (high, wide), (1, 1), padding)
     _check_size("a convolution", x.shape[1:3], (high, wide), pads)
-    # For narrower kernels the extra arithmetic outweighs the copies saved.
-    if wide < 5:
+    # For narrower kernels the extra arithmetic outweighs the copies saved, and the
+    # library makes no copies at all.
+    if wide < 5 or _suits_library(x, kernel, (1, 1)):
         return max_pool(convolve(x, kernel, padding=pads))
 
     width = x.shape[2] + sum(pads[1]) - wide + 1
@@ -189,6 +270,54 @@ def convolve_pool(
     twin = jnp.stack(twins, axis=3).reshape(high, span, 2 * channels, 2 * features)
     y = convolve(x, twin, padding="VALID")
     return max_pool(y.reshape(*y.shape[:2], 2 * pairs, features))
+
+
+def convolve_transposed(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int] = (1, 1),
+    padding: str = "SAME",
+) -> jax.Array:
+    """Correlate `x [b, h, w, i]`, strides - 1 zeros between its pixels, with a kernel.
+
+    Every output position modulo the strides sees its own part of the kernel, so one
+    correlation of `x` itself with all parts gives all outputs, and no zero is ever
+    multiplied (sub-pixel convolution; Shi et al., CVPR 2016).
+
+    Args:
+      x: Images, channels last.
+      kernel: Weights `[kh, kw, i, o]`, not turned around, as in
+        `jax.lax.conv_transpose`.
+      strides: Outputs per input along height and width.
+      padding: "SAME", `[b, sh * h, sw * w, o]`, or "VALID", at least that.
+
+    Raises:
+      ValueError: If the padding is neither.
+    """
+    if padding not in ("SAME", "VALID"):
+        raise ValueError(f"padding must be SAME or VALID, got {padding!r}")
+    window, (channels, features) = kernel.shape[:2], kernel.shape[2:]
+    spans = [-(-k // s) for k, s in zip(window, strides, strict=True)]
+    spare = [
+        (0, span * s - k) for span, s, k in zip(spans, strides, window, strict=True)
+    ]
+    parts = jnp.pad(jnp.flip(kernel, (0, 1)), (*spare, (0, 0), (0, 0)))
+    (high, wide), (down, right) = spans, strides
+    parts = parts.reshape(high, down, wide, right, channels, features)
+    parts = jnp.flip(parts.transpose(0, 2, 4, 1, 3, 5), (0, 1))
+    parts = parts.reshape(high, wide, channels, -1)
+    y = convolve(x, parts, padding=[(span - 1, span - 1) for span in spans])
+    y = y.reshape(*y.shape[:3], down, right, features).transpose(0, 1, 3, 2, 4, 5)
+    y = y.reshape(x.shape[0], y.shape[1] * down, -1, features)
+
+    for axis, (size, k, s) in enumerate(
+        zip(x.shape[1:3], window, strides, strict=True), start=1
+    ):
+        overlap = max(k - s, 0)
+        first = overlap // 2 if padding == "SAME" else 0
+        length = s * size + (0 if padding == "SAME" else overlap)
+        y = lax.slice_in_dim(y, first, first + length, axis=axis)
+    return y
 
 
 class Conv(nn.Module):
@@ -221,6 +350,34 @@ class Conv(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y += jnp.expand_dims(bias, (0, 1, 2))
         return y
+
+
+class ConvTranspose(nn.Module):
+    """`flax.linen.ConvTranspose` for images, as a convolution of the small image.
+
+    Attributes:
+      features: Number of output channels.
+      kernel_size: Height and width of the kernel.
+      strides: Outputs per input along height and width.
+      padding: "SAME" or "VALID".
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: str = "SAME"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[b, h, w, i] -> [b, h', w', features]`."""
+        kernel = self.param(
+            "kernel",
+            nn.initializers.lecun_normal(),
+            (*self.kernel_size, x.shape[-1], self.features),
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = convolve_transposed(x, kernel, self.strides, self.padding)
+        return y + jnp.expand_dims(bias, (0, 1, 2))
 
 
 class ConvPool(nn.Module):

@@ -14,6 +14,13 @@ from fedgen.models import layers
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(params=["as chosen", "slices"])
+def form(request, monkeypatch):
+    """Test what this platform chooses, and what accelerators do."""
+    if request.param == "slices":
+        monkeypatch.setattr(layers, "_suits_library", lambda *_: False)
+
+
 def _values_and_gradients(module, params, x, cotangent_key):
     """Outputs, and gradients with respect to parameters and input."""
 
@@ -65,8 +72,10 @@ class _Reference(nn.Module):
         (64, 8, (1, 1), (2, 2), "VALID"),
         (3, 4, (3, 2), (2, 1), ((0, 2), (1, 0))),
         (16, 3, (4, 4), (3, 2), "SAME"),
+        (8, 5, (4, 3), (1, 1), ((0, 5), (3, 1))),
     ],
 )
+@pytest.mark.usefixtures("form")
 def test_conv_equals_flax(channels, features, kernel, strides, padding):
     x = _images((3, 9, 8, channels))
     ours = layers.Conv(features, kernel, strides, padding)
@@ -92,6 +101,7 @@ def test_conv_equals_flax(channels, features, kernel, strides, padding):
         ((9, 11), 3, 4, (7, 7), "SAME"),
     ],
 )
+@pytest.mark.usefixtures("form")
 def test_conv_pool_equals_flax_with_ties(size, channels, features, kernel, padding):
     # Small whole numbers make the ties exact in every order of summation.
     key_x, key_w = jax.random.split(jax.random.key(1))
@@ -109,6 +119,31 @@ def test_conv_pool_equals_flax_with_ties(size, channels, features, kernel, paddi
     chex.assert_trees_all_close(
         ours, (value, (gradient["c"], towards_x)), atol=TOLERANCE
     )
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(
+    ("kernel", "strides"),
+    [((2, 3), (2, 2)), ((5, 4), (3, 2)), ((3, 3), (1, 1)), ((1, 2), (2, 3))],
+)
+def test_transposed_conv_equals_flax(kernel, strides, padding):
+    x = _images((3, 5, 4, 6))
+    ours = layers.ConvTranspose(3, kernel, strides, padding)
+    theirs = nn.ConvTranspose(3, kernel, strides, padding)
+    params = _draw(ours, x)
+    chex.assert_trees_all_equal_shapes(params, _draw(theirs, x))
+    chex.assert_trees_all_close(
+        _values_and_gradients(ours, params, x, jax.random.key(2)),
+        _values_and_gradients(theirs, params, x, jax.random.key(2)),
+        atol=TOLERANCE,
+    )
+
+
+def test_transposed_conv_refuses_widths():
+    with pytest.raises(ValueError, match=r"SAME or VALID, got 1"):
+        layers.convolve_transposed(
+            jnp.ones((1, 4, 4, 1)), jnp.ones((2, 2, 1, 1)), padding=1
+        )
 
 
 @pytest.mark.parametrize("size", [(2, 2), (8, 6), (7, 5)])
@@ -135,10 +170,12 @@ def test_max_pool_passes_nan_on():
     assert jnp.isnan(layers.max_pool(x)).all()
 
 
-@pytest.mark.parametrize("kernel", [(5, 5), (3, 3)])
-def test_kernels_and_gradients_under_vmap_equal_flax_client_by_client(kernel):
+@pytest.mark.parametrize(
+    ("kernel", "channels"), [((5, 5), 3), ((5, 5), 6), ((3, 3), 3)]
+)
+def test_kernels_and_gradients_under_vmap_equal_flax_client_by_client(kernel, channels):
     clients = 3
-    x = jax.random.normal(jax.random.key(0), (clients, 2, 10, 10, 3))
+    x = jax.random.normal(jax.random.key(0), (clients, 2, 10, 10, channels))
     ours, theirs = layers.ConvPool(4, kernel), _Reference(4, kernel, "SAME")
     params = jax.tree.map(
         lambda *leaves: jnp.stack(leaves),
@@ -161,26 +198,40 @@ def test_kernels_and_gradients_under_vmap_equal_flax_client_by_client(kernel):
         )
 
 
+def _curvature(module, params, x):
+    """Differentiate a function of gradients."""
+
+    def loss(p, x):
+        return jnp.tanh(module.apply({"params": p}, x)).sum()
+
+    def probe(p, x):
+        # Odd in the gradient, so that its sign counts.
+        return sum((g**3).sum() for g in jax.tree.leaves(jax.grad(loss, (0, 1))(p, x)))
+
+    return jax.jit(jax.grad(probe, (0, 1)))(params, x)
+
+
 def test_second_order_gradients_equal_those_of_flax():
     x = jax.random.normal(jax.random.key(0), (2, 5, 5, 2))
     ours, theirs = layers.Conv(3, (3, 3)), nn.Conv(3, (3, 3))
     params = _draw(ours, x)
-
-    def curvature(module, params, x):
-        def loss(p):
-            return jnp.tanh(module.apply({"params": p}, x)).sum()
-
-        def probe(p):
-            # Odd in the gradient, so that its sign counts.
-            return sum((g**3).sum() for g in jax.tree.leaves(jax.grad(loss)(p)))
-
-        return jax.jit(jax.grad(probe))(params)
-
     with jax.enable_x64(True):
         params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, x))
         chex.assert_trees_all_close(
-            curvature(ours, params, x), curvature(theirs, params, x), rtol=1e-9
+            _curvature(ours, params, x), _curvature(theirs, params, x), rtol=1e-9
         )
+
+
+def test_second_order_gradients_of_the_library_form_equal_those_of_flax():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 6))
+    ours, theirs = (
+        layers.Conv(3, (3, 3), padding="VALID"),
+        nn.Conv(3, (3, 3), padding="VALID"),
+    )
+    params = _draw(ours, x)
+    chex.assert_trees_all_close(
+        _curvature(ours, params, x), _curvature(theirs, params, x), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_inputs_smaller_than_the_window_are_refused():
