@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from fedgen.core.federation import Rows
 
 _MAX_DRAWS = 100
 _MAX_DRAWN = 1_000_000  # clients over all draws; of many, one always holds too little
+_TOGETHER = 5_000  # clients whose samples are spread side by side, in the cache
 
 
 class Split(NamedTuple):
@@ -133,7 +135,8 @@ def dirichlet_client(
     clients = rng.permutation(num_clients)
     draws = [_draw_dirichlet(rng, alpha, len(stock)) for _ in clients]
     proportion = _to_simplex(alpha, *np.stack(draws, axis=1))
-    counts = _fill_all(proportion, stock, _even_sizes(len(labels), num_clients)[clients])
+    sizes = _even_sizes(len(labels), num_clients)[clients]
+    counts = _fill_all(proportion, stock, sizes)
     owner = np.empty(len(labels), np.int32)
     for rows, taken in zip(rows_of_class, counts.T, strict=True):
         owner[rows] = np.repeat(clients, taken)
@@ -399,8 +402,16 @@ def split(
     size = np.bincount(owner, minlength=num_clients)
     start = np.cumsum(size) - size
     part_sizes = _part_sizes(size, fraction)
-    part = _spread(owner[order], labels[order], part_sizes, rng)
-    order = order[np.lexsort((rng.random(len(order)), part, owner[order]))]
+    part = np.empty(len(owner), np.int8)
+    low = np.arange(0, num_clients, _TOGETHER)
+    runs = [slice(*ends) for ends in itertools.pairwise([*start[low], len(owner)])]
+    for first, run in zip(low, runs, strict=True):
+        held, sizes = order[run], part_sizes[first : first + _TOGETHER]
+        part[run] = _spread(owner[held] - first, labels[held], sizes, rng)
+    tie = rng.random(len(owner))
+    for run in runs:
+        within = np.lexsort((tie[run], part[run], owner[order[run]]))
+        order[run] = order[run][within]
     starts = start[:, None] + np.cumsum(part_sizes, axis=1) - part_sizes
     return Split(
         order.astype(np.int32),
@@ -409,6 +420,48 @@ def split(
             for i in range(3)
         ),
     )
+
+
+def redraw(drawn: Split, wanted: np.ndarray, kind: np.ndarray, *, seed: int) -> Split:
+    """Let clients draw their samples from the pool with replacement.
+
+    What is divided then are not samples but draws, of which there may be any number.
+    Each is of a kind, its class and whatever else partitions go by, and comes to stand
+    for any row of its kind. The pool is divided once, stratified and as `split` does by
+    default, so that no row trains one client and tests another, or the same.
+
+    Args:
+      drawn: Train, validation and test draws of every client.
+      wanted: `[s]` kind of every draw.
+      kind: `[rows]` kind of every row of the pool, from 0.
+      seed: Seed of the draws.
+
+    Returns:
+      The same with rows of the pool in its order.
+
+    Raises:
+      ValueError: If a part of the pool has no row of a kind that it is to draw.
+    """
+    rng = np.random.default_rng((seed, 2))
+    pool = split(np.zeros(len(kind), int), kind, 1, seed=seed)
+
+    def cells(parts, kind):
+        sizes = np.stack([rows.size for rows in parts[1:]], axis=1)
+        part = np.repeat(np.tile(np.arange(3), len(sizes)), sizes.ravel())
+        return 3 * kind[parts.order] + part
+
+    cell = cells(pool, kind)
+    rows = pool.order[np.argsort(cell, kind="stable")]
+    size = np.bincount(cell, minlength=3 * (int(kind.max()) + 1))
+    start = np.cumsum(size) - size
+    cell = cells(drawn, wanted)
+    if not size[cell].all():
+        number, part = divmod(int(cell[np.argmin(size[cell])]), 3)
+        raise ValueError(
+            f"of {np.sum(kind == number)} samples of kind {number}, none is left for "
+            f"{('training', 'validation', 'test')[part]}; draw from more samples"
+        )
+    return drawn._replace(order=rows[start[cell] + rng.integers(0, size[cell])])
 
 
 def counts(

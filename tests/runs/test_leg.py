@@ -207,7 +207,7 @@ def some_scores():
         np.array([2, 0, 1]),
         np.array([1, 0, 10]),
     )
-    return Evaluation(scores, scores)
+    return Evaluation(scores, scores, np.arange(3))
 
 
 def test_clients_without_test_rows_are_null_and_do_not_count(case):
