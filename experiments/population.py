@@ -64,6 +64,7 @@ SIZES = (10, 20, 40, 80, 160, 320)
 IGNORED = (
     "baselines",
     "samples",
+    "samples_per_client",
     "inherent",
     "corruption",
     "severity",
@@ -71,6 +72,7 @@ IGNORED = (
     "dropout",
     "stragglers",
     "eval_every",
+    "eval_clients",
     "checkpoint_every",
     "devices",
 )

@@ -15,12 +15,13 @@ from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.execution import Execution
 from fedgen.core.federation import Context, Data, Federation, Model
+from fedgen.core.participation import Sampler
 
 PyTree = Any
 
 
 class Scores(NamedTuple):
-    """Sums over the rows of each client; `[n]` in the order of client ids."""
+    """Sums over the rows of each client that is scored; `[n]` in the order of ids."""
 
     count: jax.Array  # [n] int32 rows scored
     correct: jax.Array  # [n] int32 hits of the client's own model
@@ -34,21 +35,28 @@ class Evaluation(NamedTuple):
 
     validation: Scores
     test: Scores
+    ids: jax.Array  # [n] int32 clients that were scored
 
 
 EvaluateFn = Callable[[State, Federation, jax.Array], Evaluation]
 
 
 def make_evaluate(
-    algorithm: Algorithm, execution: Execution, batch_size: int = 100
+    algorithm: Algorithm,
+    execution: Execution,
+    batch_size: int = 100,
+    sampler: Sampler | None = None,
 ) -> EvaluateFn:
     """Build `(state, federation, key) -> Evaluation`, to be jitted by the caller.
 
     Each client gets the newest download and does what the algorithm's `personalise`
-    says with its training rows; nothing of that survives the evaluation.
+    says with its training rows; nothing of that survives the evaluation. Where there is
+    a sampler, it draws the clients that are scored, with one key the same ones in every
+    round.
     """
 
     def evaluate(state, federation, key):
+        drawn = sampler and [some.slot for some in sampler(key, federation)]
         key = jax.random.fold_in(key, state.round)
         cohorts = []
         for k, cohort in enumerate(federation.cohorts):
@@ -62,7 +70,7 @@ def make_evaluate(
                     batch_size,
                 ),
                 execution.mesh,
-                whole=range(5),
+                whole=range(6),
             )
             cohorts.append(
                 run(
@@ -71,6 +79,7 @@ def make_evaluate(
                     federation.public,
                     cohort.order,
                     key,
+                    drawn and drawn[k],
                     cohort.ids,
                     cohort.train,
                     cohort.validation,
@@ -79,10 +88,11 @@ def make_evaluate(
                 )
             )
         scores = jax.tree.map(lambda *a: jnp.concatenate(a), *cohorts)
-        ids = jnp.concatenate([cohort.ids for cohort in federation.cohorts])
         # The padding, id -1, sorts first and is cut off.
-        real = sum(cohort.num_real for cohort in federation.cohorts)
-        place = jnp.argsort(ids)[ids.shape[0] - real :]
+        real = [cohort.num_real for cohort in federation.cohorts]
+        if drawn:
+            real = [min(n, len(slot)) for n, slot in zip(real, drawn, strict=True)]
+        place = jnp.argsort(scores.ids)[-sum(real) :]
         return jax.tree.map(lambda a: a[place], scores)
 
     return evaluate
@@ -164,14 +174,26 @@ def _score(
     public: PyTree,
     order: jax.Array,
     key: jax.Array,
+    slot: jax.Array | None,
     ids: jax.Array,
     train: PyTree,
     validation: PyTree,
     test: PyTree,
     clients: PyTree,
 ) -> Evaluation:
-    """Score the clients that this device holds."""
+    """Score the clients that this device holds, or those of them at `slot [m]`."""
     context = Context(model, num_classes, public)
+    if slot is not None:
+        n = ids.shape[0]
+        slot = slot - execution_lib.first_slot(execution.mesh, n)
+        slot = jnp.where((slot >= 0) & (slot < n), slot, n)
+        slot = jnp.sort(slot)[: min(n, slot.shape[0])]
+        ids = ids.at[slot].get(mode="fill", fill_value=-1)
+        # Other devices' clients have no rows here.
+        train, validation, test, clients = jax.tree.map(
+            lambda a: a.at[slot].get(mode="fill", fill_value=0),
+            (train, validation, test, clients),
+        )
 
     def data_of(rows, work=1.0):
         return Data(pool, order, rows.start, rows.size, jnp.float32(work))
@@ -212,7 +234,8 @@ def _score(
             *(
                 fit.fold(add, zeros, data_of(rows), batch_size)
                 for rows in (validation, test)
-            )
+            ),
+            id_,
         )
 
     return execution_lib.map_clients(one, execution.chunk)(

@@ -92,6 +92,7 @@ def place(federation: Federation, mesh: Mesh | None) -> Federation:
         table = ranked.reshape(width, mesh.size)
         table[1::2] = table[1::2, ::-1]
         slot = table.T.reshape(-1)
+        ids = np.where(slot >= 0, np.asarray(cohort.ids)[slot], -1)
 
         def pick(a, padding):
             dealt = np.where(slot >= 0, np.asarray(a)[slot], padding)
@@ -100,6 +101,10 @@ def place(federation: Federation, mesh: Mesh | None) -> Federation:
         return dataclasses.replace(
             cohort,
             ids=pick(cohort.ids, -1),
+            # Padding, id -1, sorts first.
+            by_id=jax.device_put(
+                np.argsort(ids, kind="stable")[-n:].astype(np.int32), whole
+            ),
             order=jax.device_put(cohort.order, whole),
             **{
                 name: Rows(*(pick(a, 0) for a in getattr(cohort, name)))

@@ -109,7 +109,7 @@ class Context(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["ids", "order", "train", "validation", "test"],
+    data_fields=["ids", "order", "train", "validation", "test", "by_id"],
     meta_fields=["model", "num_real"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +125,8 @@ class Cohort:
       validation: Rows that may choose hyper-parameters, rounds and epochs.
       test: Rows that are only ever scored.
       num_real: Number of clients without the padding (static under jit).
+      by_id: `[num_real]` positions of the clients in the order of their ids; None
+        where they lie in that order, without padding.
     """
 
     model: Model
@@ -134,6 +136,7 @@ class Cohort:
     validation: Rows
     test: Rows
     num_real: int
+    by_id: jax.Array | None = None
 
     @property
     def num_clients(self) -> int:

@@ -26,6 +26,8 @@ class Participants(NamedTuple):
 
 Sampler = Callable[[jax.Array, Federation], tuple[Participants, ...]]
 
+_MANY = 16  # Of so many numbers, one or more asked for: a permutation is cheap.
+
 
 def full() -> Sampler:
     """Let every client take part in every round."""
@@ -45,15 +47,13 @@ def uniform(fraction: float) -> Sampler:
         raise ValueError(f"participation must be in (0, 1], got {fraction}")
 
     def draw(key: jax.Array, cohort: Cohort) -> Participants:
-        n = cohort.num_clients
-        # Ids rank the clients, so that the draw does not depend on their places;
-        # clients of the padding hold no id of the federation and come last.
-        real = jnp.argsort(jnp.where(cohort.ids >= 0, cohort.ids, n + 2**30))
         if fraction == 1.0:
-            slot = jnp.arange(n)
+            slot = jnp.arange(cohort.num_clients)
         else:
+            # Ids rank the clients, so that the draw does not depend on their places.
             count = cohort.num_real
-            slot = real[jax.random.permutation(key, count)[: _share(fraction, count)]]
+            slot = distinct(key, _share(fraction, count), count)
+            slot = slot if cohort.by_id is None else cohort.by_id[slot]
         return Participants(slot, cohort.ids[slot] >= 0, jnp.ones(slot.shape))
 
     def sample(key, federation):
@@ -110,6 +110,29 @@ def unreliable(
         )
 
     return sample
+
+
+def distinct(key: jax.Array, count: int, total: int) -> jax.Array:
+    """Draw `count` different numbers below `total`; all sets are equally likely.
+
+    Few of many are drawn with replacement, and those that were there before again
+    until none was: the first different ones of an endless stream, at a cost that does
+    not depend on `total`.
+    """
+    if total <= _MANY * count:
+        return jax.random.permutation(key, total)[:count]
+
+    def redraw(carry):
+        turn, drawn, repeated = carry
+        fresh = jax.random.randint(jax.random.fold_in(key, turn), (count,), 0, total)
+        drawn = jnp.where(repeated, fresh, drawn)
+        # Of equal numbers, the one that was there first stays.
+        order = jnp.lexsort((repeated, drawn))
+        equal = jnp.diff(drawn[order], prepend=-1) == 0
+        return turn + 1, drawn, repeated.at[order].set(equal)
+
+    start = (jnp.int32(0), jnp.zeros(count, jnp.int32), jnp.ones(count, bool))
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[2]), redraw, start)[1]
 
 
 def _share(fraction: float, count: int) -> int:

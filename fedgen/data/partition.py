@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ import numpy as np
 from fedgen.core.federation import Rows
 
 _MAX_DRAWS = 100
+_MAX_DRAWN = 1_000_000  # clients over all draws; of many, one always holds too little
+_TOGETHER = 5_000  # clients whose samples are spread side by side, in the cache
 
 
 class Split(NamedTuple):
@@ -67,8 +70,9 @@ def dirichlet(
 ) -> np.ndarray:
     """Divide each class over the clients in proportions drawn from Dir(alpha).
 
-    The whole draw is repeated, up to 100 times, until the smallest client holds
-    `min_size` samples; then samples are moved from the largest clients.
+    The whole draw is repeated, up to 100 times (less often beyond 10,000 clients),
+    until the smallest client holds `min_size` samples; then samples are moved from the
+    largest clients.
 
     Args:
       labels: `[s]` class of every sample.
@@ -87,7 +91,7 @@ def dirichlet(
     share = len(labels) / num_clients
     wanted = min(min_size, int(share))
     best, best_smallest = [], -1
-    for _ in range(_MAX_DRAWS):
+    for _ in range(max(1, min(_MAX_DRAWS, _MAX_DRAWN // num_clients))):
         held = np.zeros(num_clients, np.int64)
         table = []
         for rows in rows_of_class:
@@ -127,18 +131,15 @@ def dirichlet_client(
     """
     rng = np.random.default_rng(seed)
     rows_of_class = [rng.permutation(rows) for rows in _groups(labels)]
-    taken = np.zeros(len(rows_of_class), np.int64)
-    left = np.array([len(rows) for rows in rows_of_class], np.int64)
-    sizes = _even_sizes(len(labels), num_clients)
+    stock = np.array([len(rows) for rows in rows_of_class], np.int64)
+    clients = rng.permutation(num_clients)
+    draws = [_draw_dirichlet(rng, alpha, len(stock)) for _ in clients]
+    proportion = _to_simplex(alpha, *np.stack(draws, axis=1))
+    sizes = _even_sizes(len(labels), num_clients)[clients]
+    counts = _fill_all(proportion, stock, sizes)
     owner = np.empty(len(labels), np.int32)
-    for client in rng.permutation(num_clients):
-        proportion = _dirichlet(rng, alpha, len(rows_of_class))
-        counts = _fill(proportion, left, sizes[client])
-        for label in np.flatnonzero(counts):
-            first = taken[label]
-            owner[rows_of_class[label][first : first + counts[label]]] = client
-        taken += counts
-        left -= counts
+    for rows, taken in zip(rows_of_class, counts.T, strict=True):
+        owner[rows] = np.repeat(clients, taken)
     return owner
 
 
@@ -402,10 +403,15 @@ def split(
     start = np.cumsum(size) - size
     part_sizes = _part_sizes(size, fraction)
     part = np.empty(len(owner), np.int8)
-    for client in np.flatnonzero(size):
-        run = slice(start[client], start[client] + size[client])
-        part[run] = _spread(labels[order[run]], part_sizes[client], rng)
-    order = order[np.lexsort((rng.random(len(order)), part, owner[order]))]
+    low = np.arange(0, num_clients, _TOGETHER)
+    runs = [slice(*ends) for ends in itertools.pairwise([*start[low], len(owner)])]
+    for first, run in zip(low, runs, strict=True):
+        held, sizes = order[run], part_sizes[first : first + _TOGETHER]
+        part[run] = _spread(owner[held] - first, labels[held], sizes, rng)
+    tie = rng.random(len(owner))
+    for run in runs:
+        within = np.lexsort((tie[run], part[run], owner[order[run]]))
+        order[run] = order[run][within]
     starts = start[:, None] + np.cumsum(part_sizes, axis=1) - part_sizes
     return Split(
         order.astype(np.int32),
@@ -414,6 +420,48 @@ def split(
             for i in range(3)
         ),
     )
+
+
+def redraw(drawn: Split, wanted: np.ndarray, kind: np.ndarray, *, seed: int) -> Split:
+    """Let clients draw their samples from the pool with replacement.
+
+    What is divided then are not samples but draws, of which there may be any number.
+    Each is of a kind, its class and whatever else partitions go by, and comes to stand
+    for any row of its kind. The pool is divided once, stratified and as `split` does by
+    default, so that no row trains one client and tests another, or the same.
+
+    Args:
+      drawn: Train, validation and test draws of every client.
+      wanted: `[s]` kind of every draw.
+      kind: `[rows]` kind of every row of the pool, from 0.
+      seed: Seed of the draws.
+
+    Returns:
+      The same with rows of the pool in its order.
+
+    Raises:
+      ValueError: If a part of the pool has no row of a kind that it is to draw.
+    """
+    rng = np.random.default_rng((seed, 2))
+    pool = split(np.zeros(len(kind), int), kind, 1, seed=seed)
+
+    def cells(parts, kind):
+        sizes = np.stack([rows.size for rows in parts[1:]], axis=1)
+        part = np.repeat(np.tile(np.arange(3), len(sizes)), sizes.ravel())
+        return 3 * kind[parts.order] + part
+
+    cell = cells(pool, kind)
+    rows = pool.order[np.argsort(cell, kind="stable")]
+    size = np.bincount(cell, minlength=3 * (int(kind.max()) + 1))
+    start = np.cumsum(size) - size
+    cell = cells(drawn, wanted)
+    if not size[cell].all():
+        number, part = divmod(int(cell[np.argmin(size[cell])]), 3)
+        raise ValueError(
+            f"of {np.sum(kind == number)} samples of kind {number}, none is left for "
+            f"{('training', 'validation', 'test')[part]}; draw from more samples"
+        )
+    return drawn._replace(order=rows[start[cell] + rng.integers(0, size[cell])])
 
 
 def counts(
@@ -446,12 +494,22 @@ def _even_sizes(total: int, parts: int) -> np.ndarray:
 
 def _dirichlet(rng: np.random.Generator, alpha: float, size: int) -> np.ndarray:
     """Draw from a symmetric Dirichlet, whole also where all gammas underflow."""
+    return _to_simplex(alpha, *_draw_dirichlet(rng, alpha, size))
+
+
+def _draw_dirichlet(
+    rng: np.random.Generator, alpha: float, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw what `_to_simplex` makes a vector of proportions of."""
+    return rng.random(size), rng.standard_gamma(max(alpha, 1e-300) + 1.0, size)
+
+
+def _to_simplex(alpha: float, uniform: np.ndarray, gamma: np.ndarray) -> np.ndarray:
+    """Turn draws `[..., c]` into proportions `[..., c]`."""
     # In logarithms, where Gamma(alpha) = Gamma(alpha + 1) * uniform^(1 / alpha).
-    alpha = max(alpha, 1e-300)
-    uniform = 1.0 - rng.random(size)
-    log_gamma = np.log(rng.standard_gamma(alpha + 1.0, size)) + np.log(uniform) / alpha
-    weight = np.exp(log_gamma - log_gamma.max())
-    return weight / weight.sum()
+    log_gamma = np.log(gamma) + np.log(1.0 - uniform) / max(alpha, 1e-300)
+    weight = np.exp(log_gamma - log_gamma.max(axis=-1, keepdims=True))
+    return weight / weight.sum(axis=-1, keepdims=True)
 
 
 def _masked(proportion: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -461,16 +519,23 @@ def _masked(proportion: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return kept / kept.sum()
 
 
-def _apportion(proportion: np.ndarray, total: int) -> np.ndarray:
-    """Round proportions to whole numbers that sum to `total`, by largest remainder."""
+def _apportion(proportion: np.ndarray, total: int | np.ndarray) -> np.ndarray:
+    """Round `[..., c]` to whole numbers that sum to `total [...]`, by remainder."""
+    total = np.asarray(total)[..., None]
     exact = proportion * total
     sizes = np.floor(exact).astype(np.int64)
-    missing = total - sizes.sum()
-    if missing > 0:
-        sizes[np.argsort(sizes - exact, kind="stable")[:missing]] += 1
-    elif missing < 0:
-        sizes[np.argmax(sizes)] += missing
+    missing = total - sizes.sum(axis=-1, keepdims=True)
+    largest = np.argmax(sizes, axis=-1)[..., None]
+    sizes += _rank(sizes - exact) < missing
+    # Rounding can also give too much, by a unit in the last place.
+    excess = np.take_along_axis(sizes, largest, -1) + np.minimum(missing, 0)
+    np.put_along_axis(sizes, largest, excess, -1)
     return sizes
+
+
+def _rank(values: np.ndarray) -> np.ndarray:
+    """Rank the entries along the last axis from 0, the first of equals first."""
+    return np.argsort(np.argsort(values, axis=-1, kind="stable"), axis=-1)
 
 
 def _fill(proportion: np.ndarray, left: np.ndarray, total: int) -> np.ndarray:
@@ -482,6 +547,32 @@ def _fill(proportion: np.ndarray, left: np.ndarray, total: int) -> np.ndarray:
         weight = weight if weight.sum() > 0 else stock
         taken += np.minimum(_apportion(weight / weight.sum(), missing), stock)
     return taken
+
+
+def _fill_all(
+    proportion: np.ndarray, stock: np.ndarray, totals: np.ndarray
+) -> np.ndarray:
+    """Let `_fill` serve clients `[n]` one after another; `proportion [n, c]`."""
+    counts = np.zeros(proportion.shape, np.int64)
+    left, done, many = stock.copy(), 0, 1
+    while done < len(totals):
+        # As long as no class runs out, a client takes what it wants.
+        some = slice(done, done + many)
+        weight = np.where(left > 0, proportion[some], 0.0)
+        whole = weight.sum(axis=-1, keepdims=True)
+        wanted = _apportion(weight / np.where(whole > 0, whole, 1.0), totals[some])
+        after = left - np.cumsum(wanted, axis=0)
+        before = after + wanted
+        served = (whole > 0) & (after >= 0) & ((before > 0) | (left == 0))
+        many = int(np.logical_and.accumulate(served.all(axis=1)).sum())
+        if many:
+            counts[done : done + many] = wanted[:many]
+        else:
+            counts[done], many = _fill(proportion[done], left, totals[done]), 1
+        left = left - counts[done : done + many].sum(axis=0)
+        done += many
+        many *= 2
+    return counts
 
 
 def _repair(
@@ -516,8 +607,7 @@ def _part_sizes(size: np.ndarray, fraction: np.ndarray) -> np.ndarray:
     """Divide client sizes `[n]` into parts `[n, 3]` by largest remainder."""
     exact = size[:, None] * fraction
     parts = np.floor(exact + 1e-9).astype(np.int64)
-    rank = np.argsort(np.argsort(parts - exact, axis=1, kind="stable"), axis=1)
-    parts += rank < (size - parts.sum(axis=1))[:, None]
+    parts += _rank(parts - exact) < (size - parts.sum(axis=1))[:, None]
     for column in range(3):
         lacking = np.flatnonzero((size >= 3) & (parts[:, column] == 0))
         parts[lacking, np.argmax(parts[lacking], axis=1)] -= 1
@@ -528,31 +618,52 @@ def _part_sizes(size: np.ndarray, fraction: np.ndarray) -> np.ndarray:
 
 
 def _spread(
-    labels: np.ndarray, sizes: np.ndarray, rng: np.random.Generator
+    owner: np.ndarray,
+    labels: np.ndarray,
+    part_sizes: np.ndarray,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Assign the parts of one client, given its sorted labels `[s]`.
+    """Assign the parts of samples `[s]` that are sorted by client and label.
 
-    The floor of each class's share is certain; the rest is dealt, largest
-    remainder first, to parts that still have room. Ties go at random: by label, the
-    rare classes of all clients would train on low labels and test on high ones.
+    The floor of the share of each class of a client is certain; the rest is dealt,
+    largest remainder first, to parts of the client that still have room. Ties go at
+    random: by label, the rare classes of all clients would train on low labels and
+    test on high ones. Clients are dealt to side by side.
     """
-    _, size = np.unique(labels, return_counts=True)
-    exact = size[:, None] * (sizes / sizes.sum())
+    # A group is what a client holds of a class; each has a cell for every part.
+    begins = (np.diff(owner, prepend=-1) != 0) | (np.diff(labels, prepend=-1) != 0)
+    first = np.flatnonzero(begins)
+    size, client = np.diff(first, append=len(owner)), owner[first]
+    share = part_sizes / np.maximum(part_sizes.sum(axis=1, keepdims=True), 1)
+    exact = size[:, None] * share[client]
     table = np.floor(exact + 1e-9).astype(np.int64)
-    open_class = size - table.sum(axis=1)
-    open_part = sizes - table.sum(axis=0)
+    open_group = size - table.sum(axis=1)
+    certain = [np.bincount(client, column, len(part_sizes)) for column in table.T]
+    open_part = part_sizes - np.stack(certain, axis=1).astype(np.int64)
+
+    def move(group, column, most):
+        moved = np.minimum(open_group[group], open_part[client[group], column])
+        moved = np.minimum(moved, most)
+        table[group, column] += moved
+        open_group[group] -= moved
+        open_part[client[group], column] -= moved
+
     remainder = np.round(exact - table, 9).ravel()
-    for cell in np.lexsort((rng.random(remainder.size), -remainder)):
-        label, column = divmod(cell, 3)
-        if open_class[label] and open_part[column]:
-            table[label, column] += 1
-            open_class[label] -= 1
-            open_part[column] -= 1
+    tie = rng.random(remainder.size)
+    cells = np.lexsort((tie, -remainder, np.repeat(client, 3)))
+    count = 3 * np.bincount(client, minlength=len(part_sizes))
+    turn = np.cumsum(count) - count
+    end = turn + count
+    active = np.flatnonzero(open_part.any(axis=1))
+    while active.size:
+        group, column = divmod(cells[turn[active]], 3)
+        move(group, column, 1)
+        turn[active] += 1
+        more = (turn[active] < end[active]) & open_part[active].any(axis=1)
+        active = active[more]
     # One pass gives each cell one sample at most; what is left goes anywhere.
-    for label in np.flatnonzero(open_class):
+    while (left := np.flatnonzero(open_group)).size:
+        group = left[np.unique(client[left], return_index=True)[1]]
         for column in range(3):
-            moved = min(open_class[label], open_part[column])
-            table[label, column] += moved
-            open_class[label] -= moved
-            open_part[column] -= moved
+            move(group, column, open_group[group])
     return np.repeat(np.tile(np.arange(3, dtype=np.int8), len(size)), table.ravel())

@@ -16,6 +16,7 @@ from fedgen.core.federation import Federation
 from fedgen.core.fit import Schedule
 from fedgen.core.participation import Sampler
 from fedgen.data import federate, partition, shift, sources
+from fedgen.data.partition import Split
 from fedgen.data.sources import Source
 from fedgen.runs.config import INHERENT, Config
 
@@ -46,7 +47,7 @@ def build(config: Config) -> Setup:
     )
 
     total = config.num_clients + config.new_clients
-    source, owner, domain = _deal(config, total)
+    source, owner, split, domain = _deal(config, total)
     if config.corruptions:
         source = source._replace(
             x=shift.corrupt_clients(
@@ -58,7 +59,6 @@ def build(config: Config) -> Setup:
                 num_clients=total,
             )
         )
-    split = partition.split(owner, source.y, total, seed=config.seed)
     shape = source.x.shape[1:]
     architectures = [
         models.build(name, shape, source.num_classes)
@@ -68,7 +68,7 @@ def build(config: Config) -> Setup:
     federation = federate.federate(
         source, split, architectures, clients=np.flatnonzero(~newcomers)
     )
-    held = owner[split.order]
+    held = np.repeat(np.arange(total), sum(part.size for part in split[1:]))
     trains = np.arange(held.size) - split.train.start[held] < split.train.size[held]
     counts = partition.counts(
         held[trains], source.y[split.order[trains]], total, source.num_classes
@@ -110,25 +110,40 @@ def local_training(config: Config) -> tuple[optax.GradientTransformation, Schedu
 
 def _deal(
     config: Config, num_clients: int
-) -> tuple[Source, np.ndarray, np.ndarray | None]:
-    """Load the samples and give each an owner, `[s]`, and an inherent distribution."""
+) -> tuple[Source, np.ndarray, Split, np.ndarray | None]:
+    """Load the samples and deal them out.
+
+    Returns:
+      The samples; the client of each, or of each draw if clients draw them; the rows of
+      every client; the inherent distribution of every sample, if there are any.
+    """
     source = sources.load(config.dataset, config.data_dir)
     domain = None
     if config.partition == "mixture":
         source, domain = _inherent(config, source)
     if config.samples:
         source, domain = _some(config, source, domain)
+    # What is dealt out: every row once, or draws with the label and domain of some row.
+    count, dealt = config.samples_per_client * num_clients, slice(None)
+    if count:
+        rng = np.random.default_rng((config.seed, 1))  # partitions draw from the seed
+        dealt = rng.integers(len(source.y), size=count, dtype=np.int32)
+    labels = source.y[dealt]
     owner = partition.partition(
         config.partition,
-        source.y,
+        labels,
         num_clients,
         seed=config.seed,
         alpha=config.alpha,
         classes_per_client=config.classes_per_client,
         min_size=config.min_size,
-        domain=domain,
+        domain=None if domain is None else domain[dealt],
     )
-    return source, owner, domain
+    split = partition.split(owner, labels, num_clients, seed=config.seed)
+    if count:
+        kind = source.y if domain is None else source.y + source.num_classes * domain
+        split = partition.redraw(split, kind[dealt], kind, seed=config.seed)
+    return source, owner, split, domain
 
 
 def _some(

@@ -44,6 +44,11 @@ class Config:
     )
     data_dir: str | None = _flag(None, "Folder of prepared TFDS data sets.")
     samples: int = _flag(0, "Samples of the data set to use, drawn by chance; 0: all.")
+    samples_per_client: int = _flag(
+        0,
+        "Samples that a client draws from the data set, with replacement, on average; "
+        "0 gives every sample to one client.",
+    )
     partition: str = _flag(
         "dirichlet", f"How clients differ: {', '.join(partition.PARTITIONS)}."
     )
@@ -84,6 +89,9 @@ class Config:
     )
     seed: int = _flag(0, "Seed of the data, the weights and the training.")
     eval_every: int = _flag(2, "Rounds between evaluations.")
+    eval_clients: int = _flag(
+        0, "Clients to evaluate, drawn once for the whole run; 0: all."
+    )
     checkpoint_every: int = _flag(2, "Rounds between checkpoints; 0 writes none.")
     chunk: int = _flag(0, "Clients trained at once on a device; 0 suits the platform.")
     devices: int = _flag(
@@ -113,6 +121,8 @@ class Config:
             "new_clients",
             "min_size",
             "samples",
+            "samples_per_client",
+            "eval_clients",
             "seed",
         )
         for name in natural:
@@ -132,11 +142,13 @@ class Config:
             "weight_decay", 0 <= decay < float("inf"), "at least 0 and finite"
         )
         self._require("severity", 1 <= self.severity <= 5, "between 1 and 5")
-        if self.chunk > self.num_clients:
-            raise ValueError(
-                f"chunk must be at most the {self.num_clients} clients, "
-                f"got {self.chunk}"
-            )
+        for name in ("chunk", "eval_clients"):
+            expected = f"at most the {self.num_clients} clients"
+            self._require(name, getattr(self, name) <= self.num_clients, expected)
+        clients = self.num_clients + self.new_clients
+        most = (2**31 - 1) // clients
+        expected = f"at most {most} for {clients} clients"
+        self._require("samples_per_client", self.samples_per_client <= most, expected)
         nearest("algorithm", self.algorithm, algorithms.REGISTRY)
         for name in self.baselines:
             nearest("baseline", name, algorithms.REGISTRY)
@@ -145,6 +157,11 @@ class Config:
             models.find(name)
         for kind in self.corruptions:
             nearest("corruption", kind, shift.CORRUPTIONS)
+        if self.corruption and self.samples_per_client:
+            raise ValueError(
+                "corruption must be empty with samples_per_client, since clients share "
+                f"samples then, got {self.corruption!r}"
+            )
         repeated = {n for n in self.baselines if self.baselines.count(n) > 1}
         if repeated:
             raise ValueError(f"baselines must differ, got {sorted(repeated)} twice")

@@ -21,7 +21,7 @@ import tensorboardX
 from jax.sharding import SingleDeviceSharding
 
 from fedgen.core import evaluate as evaluate_lib
-from fedgen.core import rounds, simulate
+from fedgen.core import participation, rounds, simulate
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.checkpoint import Checkpoints
 from fedgen.core.compiling import compile_ahead
@@ -83,7 +83,12 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
         quick=config.rounds <= _SHORT,
     )
     check_memory(name, block, execution.num_devices)
-    evaluate = jax.jit(evaluate_lib.make_evaluate(algorithm, execution))
+    scored = config.eval_clients and participation.uniform(
+        config.eval_clients / config.num_clients
+    )
+    evaluate = jax.jit(
+        evaluate_lib.make_evaluate(algorithm, execution, sampler=scored or None)
+    )
     evaluate = compile_ahead(evaluate, like, federation, round_key, quick=True)
     check_memory(name, evaluate, execution.num_devices)
     init = compile_ahead(init, init_key, federation, quick=True)
@@ -349,8 +354,8 @@ def _with_clients(per_client: np.ndarray) -> dict[str, Any]:
 
 
 def _evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) -> Line:
-    validation, test = jax.device_get(evaluation)
-    bad = np.flatnonzero(~np.isfinite(validation.loss + test.loss))
+    validation, test, ids = jax.device_get(evaluation)
+    bad = ids[~np.isfinite(validation.loss + test.loss)]
     if bad.size:
         raise FloatingPointError(
             f"round {done}: loss of the personal models of clients {bad.tolist()} not "
@@ -370,7 +375,7 @@ def _evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) ->
 def _summarise(
     leg: Leg, config: Config, lines: list[Line], evaluation: Evaluation
 ) -> dict[str, Any]:
-    test = jax.device_get(evaluation).test
+    _, test, ids = jax.device_get(evaluation)
     received = _received_accuracy(leg.algorithm, test)
     evaluated = [line for line in lines if "personal_accuracy" in line]
     scored = [line for line in evaluated if line["validation_accuracy"] is not None]
@@ -383,6 +388,7 @@ def _summarise(
     return {
         "algorithm": leg.name,
         "rounds": config.rounds,
+        "evaluated_clients": ids.tolist() if config.eval_clients else None,
         "personal_accuracy": _with_clients(accuracy(test)),
         "received_accuracy": None if received is None else _with_clients(received),
         "validation_accuracy": {

@@ -63,6 +63,7 @@ _MARKERS = ("o", "D", "v", "P", "X", "*", "<", ">")
 _DASHES = ("solid", (0, (6, 1.5)), (0, (3, 1, 1, 1)))
 _WIDE = 30  # ratio of the largest to the smallest value that asks for a log axis
 _NUMBERED = 40  # up to so many clients are named on an axis
+_DRAWN = 1000  # up to so many clients are drawn; a picture has hardly more columns
 _MARKED = 25  # up to so many rounds have a marker each
 _PAIRS = 8  # samples of a component that are drawn
 _PAIR = (
@@ -181,7 +182,8 @@ def client_gains(summary: Mapping[str, Any], path: Path) -> Path:
 
     Clients are sorted by what the algorithm gains on local-only training; those
     without test rows are left out, and the picture says how many. Where the run has
-    no local-only baseline, the accuracies stand alone, and the picture says so.
+    no local-only baseline, the accuracies stand alone, and the picture says so. Of more
+    than 1,000 clients, 1,000 at even distances are drawn.
 
     Args:
       summary: What a run writes to `summary.json`.
@@ -211,6 +213,7 @@ def client_gains(summary: Mapping[str, Any], path: Path) -> Path:
         scored = np.isfinite(gain)
         order = np.flatnonzero(scored)[np.argsort(-gain[scored], kind="stable")]
 
+    drawn = _thinned(order)
     with style.context(_STYLE):
         figure = Figure(
             figsize=(WIDTH, 3.4 if local is None else 5.0), layout="constrained"
@@ -222,20 +225,23 @@ def client_gains(summary: Mapping[str, Any], path: Path) -> Path:
         else:
             upper, lowest = figure.subplots(2, sharex=True, height_ratios=(3, 2))
         if order.size:
-            _client_accuracy(upper, results, name, accuracy, local, order)
+            _client_accuracy(upper, results, name, accuracy, local, drawn)
             if local is not None:
-                _gain_bars(lowest, gain[order])
-            upper.set_xlim(-0.7, order.size - 0.3)
+                _gain_bars(lowest, gain[drawn])
+                lowest.set_title(_balance(gain[order]))
+            upper.set_xlim(-0.7, drawn.size - 0.3)
         else:
             _say(upper, "No client has a finite test accuracy.")
         upper.set_ylabel("test accuracy (%)")
         missing = accuracy.size - order.size
         lowest.set_xlabel(
             f"client, sorted by {'accuracy' if local is None else 'gain'}"
-            + (f"; {missing} without a score left out" if missing else "")
+            + (f"; {missing:,} without a score left out" if missing else "")
+            + _how_many(drawn, order)
         )
         if 0 < order.size <= _NUMBERED:
-            lowest.set_xticks(range(order.size), [str(i) for i in order])
+            ids = summary.get("evaluated_clients") or range(accuracy.size)
+            lowest.set_xticks(range(order.size), [str(ids[i]) for i in order])
         else:
             lowest.xaxis.set_major_locator(_whole_numbers())
         return _save(figure, path)
@@ -247,7 +253,8 @@ def partition(counts: np.ndarray, path: Path) -> Path:
     Above, the samples of each client; below, clients x classes on a logarithmic
     colour scale, where a class that a client lacks stays empty. Few clients are in
     their own order and have the numbers written out; many are sorted by their
-    largest class, so that the structure shows.
+    largest class, so that the structure shows; of more than 1,000,
+    1,000 at even distances are drawn.
 
     Args:
       counts: `[n, c]` samples.
@@ -268,7 +275,8 @@ def partition(counts: np.ndarray, path: Path) -> Path:
     order = np.arange(n)
     if n > _NUMBERED:
         order = np.lexsort((-counts.max(1), counts.argmax(1)))
-    shown = counts[order]
+    drawn = _thinned(order)
+    shown = counts[drawn]
 
     with style.context(_STYLE):
         height = min(max(0.24 * c, 1.6), 5.0)
@@ -287,7 +295,7 @@ def partition(counts: np.ndarray, path: Path) -> Path:
             upper.yaxis.set_major_locator(_whole_numbers(3))
         upper.yaxis.set_major_formatter(ticker.FuncFormatter(_plain))
         upper.set_ylabel("samples")
-        upper.set_title(_sizes(total))
+        upper.set_title(_sizes(counts.sum(1)))
         upper.tick_params(axis="x", length=0, labelbottom=False)
 
         image = lower.imshow(
@@ -300,7 +308,10 @@ def partition(counts: np.ndarray, path: Path) -> Path:
         lower.set_facecolor("#f4f4f4")
         lower.spines[:].set_visible(False)
         lower.set_ylabel("class")
-        lower.set_xlabel("client" if n <= _NUMBERED else "client, by its largest class")
+        lower.set_xlabel(
+            ("client" if n <= _NUMBERED else "client, by its largest class")
+            + _how_many(drawn, order)
+        )
         if n <= _NUMBERED:
             lower.set_xticks(range(n))
         else:
@@ -690,19 +701,37 @@ def _dots(
 
 
 def _gain_bars(axes: Axes, gain: np.ndarray) -> None:
-    """Draw the gains as bars, in points, with the balance in words above."""
+    """Draw the gains as bars, in points."""
     better = gain > 0
     _bars(axes, np.where(better, gain, 0), _GAIN)
     _bars(axes, np.where(better, 0, gain), _LOSS)
     axes.axhline(0, color="#555555", lw=0.8)
     axes.grid(axis="y")
     axes.set_ylabel("gain (points)")
-    worse, equal = int(np.sum(gain < 0)), int(np.sum(gain == 0))
-    axes.set_title(
-        f"{better.sum():,} of {gain.size:,} clients better than on their own, "
+
+
+def _balance(gain: np.ndarray) -> str:
+    """Say how many clients gain and how many lose."""
+    better, worse, equal = (np.sum(test) for test in (gain > 0, gain < 0, gain == 0))
+    return (
+        f"{better:,} of {gain.size:,} clients better than on their own, "
         f"{worse:,} worse, {equal:,} equal; median {tables.points(np.median(gain))} "
         "points"
     )
+
+
+def _thinned(order: np.ndarray) -> np.ndarray:
+    """Keep the clients that are drawn, evenly spaced and both ends among them."""
+    if order.size <= _DRAWN:
+        return order
+    return order[np.linspace(0, order.size - 1, _DRAWN).round().astype(int)]
+
+
+def _how_many(drawn: np.ndarray, order: np.ndarray) -> str:
+    """Say how many clients are drawn where that is not all of them."""
+    if drawn.size == order.size:
+        return ""
+    return f"; {drawn.size:,} of {order.size:,} drawn, evenly spaced"
 
 
 def _sizes(total: np.ndarray) -> str:

@@ -198,6 +198,8 @@ def _story(summary: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             f"difference has a standard error of {tables.percent(error)} points over "
             "the clients. This is one seed: another one draws other clients.",
         )
+    if some := summary.get("evaluated_clients"):
+        yield "note", f"Accuracies are over {len(some):,} clients, drawn once."
     failed = [
         row["method"]
         for row in tables.rows(summary)[1:]

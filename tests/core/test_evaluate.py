@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from fedgen.algorithms.fedavg import fedavg
-from fedgen.core import evaluate, fit, rounds
+from fedgen.core import evaluate, fit, participation, rounds
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.execution import Execution, make_mesh, place
 from fedgen.core.fit import Schedule
@@ -124,6 +124,33 @@ def test_scores_never_read_other_rows(toy_federation):
     )
     chex.assert_trees_all_equal(after.validation, before.validation)
     assert not np.any(np.isfinite(after.test.loss))
+
+
+@pytest.mark.parametrize(("chunk", "devices"), [(None, 1), (2, 2)])
+def test_the_clients_that_a_sampler_draws_are_scored_alone(
+    toy_federation, chunk, devices
+):
+    mesh = make_mesh(devices)
+    plain, algorithm, execution = (
+        toy_federation(SIZES),
+        shifted(),
+        Execution(chunk, mesh),
+    )
+    federation = place(plain, mesh)
+    state = rounds.init_state(algorithm, federation, KEY, execution)
+    everybody = jax.jit(evaluate.make_evaluate(algorithm, execution))
+    some = jax.jit(
+        evaluate.make_evaluate(algorithm, execution, sampler=participation.uniform(0.6))
+    )
+    whole, part = everybody(state, federation, KEY), some(state, federation, KEY)
+    assert whole.ids.tolist() == list(range(5))
+    assert part.ids.shape == (3,) and np.all(np.diff(part.ids) > 0)
+    (slot,) = participation.uniform(0.6)(KEY, plain)
+    assert part.ids.tolist() == sorted(slot.slot.tolist())
+    expected = jax.tree.map(lambda a: a[part.ids], whole)
+    chex.assert_trees_all_close(part, expected, rtol=1e-5)
+    later = some(state._replace(round=jnp.int32(7)), federation, KEY)
+    np.testing.assert_array_equal(later.ids, part.ids)
 
 
 def test_two_cohorts_are_scored_in_the_order_of_ids(toy_federation):

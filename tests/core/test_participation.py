@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,28 @@ def test_uniform_is_uniform(federation):
     for a, b in ((0, 1), (0, 2), (1, 2)):
         np.add.at(pairs, (ids[:, a], ids[:, b]), 1)
     assert scipy.stats.chisquare(pairs[~np.eye(9, dtype=bool)]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(("count", "total"), [(2, 33), (2, 32), (3, 5), (1, 40)])
+def test_any_set_of_numbers_is_as_likely_as_any_other(count, total):
+    keys = jax.vmap(jax.random.key)(jnp.arange(20_000))
+    draw = jax.jit(jax.vmap(lambda key: participation.distinct(key, count, total)))
+    drawn = np.sort(draw(keys), axis=1)
+    assert drawn.min() == 0 and drawn.max() == total - 1
+    assert (np.diff(drawn, axis=1) > 0).all()
+    sets, times = np.unique(drawn, axis=0, return_counts=True)
+    assert len(sets) == math.comb(total, count)
+    assert scipy.stats.chisquare(times).pvalue > 1e-4
+
+
+def test_few_of_many_are_drawn_by_id_wherever_they_lie(toy_federation):
+    sizes = np.random.default_rng(0).integers(1, 9, 70)
+    plain = toy_federation(sizes)
+    placed = place(plain, make_mesh(2))
+    sampler = participation.uniform(0.05)
+    ids = draw(sampler, plain, KEYS[:50])[0]
+    assert ids.shape == (50, 4)
+    np.testing.assert_array_equal(draw(sampler, placed, KEYS[:50])[0], ids)
 
 
 @pytest.mark.parametrize("fraction", [0.4, 1.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,48 @@ def test_a_thousand_clients_hold_little_beside_the_pool_and_their_state(name):
     pool = tree.num_bytes(many.pool)
     assert pool == SAMPLES * (28 * 28 + 4)
     assert outside <= 1.5 * (pool + clients)
+
+
+def compiled_round(name, num_clients, participants, devices):
+    """Compile a block for shapes of so many clients, of whom some take part."""
+    layout = Execution(1, execution.make_mesh(devices))
+    federation = execution.place(build(4, "iid", (2, 2, 1), 40), layout.mesh)
+    (cohort,) = federation.cohorts
+
+    def grown(a, size=num_clients):
+        return jax.ShapeDtypeStruct((size,), a.dtype, sharding=a.sharding)
+
+    many = dataclasses.replace(
+        cohort,
+        order=grown(cohort.order, 10 * num_clients),
+        by_id=cohort.by_id if devices == 1 else grown(cohort.by_id),
+        num_real=num_clients,
+        **{
+            name: jax.tree.map(grown, getattr(cohort, name))
+            for name in ("ids", "train", "validation", "test")
+        },
+    )
+    federation = dataclasses.replace(federation, cohorts=(many,))
+    algorithm = algorithms.make(name, optax.sgd(0.05), Schedule(5, steps=2))
+    key = jax.random.key(0)
+    state = jax.eval_shape(rounds.make_init(algorithm, layout), key, federation)
+    sampler = participation.uniform(participants / num_clients)
+    round_fn = rounds.make_round(algorithm, sampler, layout)
+    block = simulate.make_block(round_fn, 2, layout)
+    return block.lower(state, federation, key, jnp.int32(2)).compile()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_round_costs_what_its_participants_cost(devices):
+    costs = []
+    for num_clients in (1_000, 100_000):
+        compiled = compiled_round("fedper", num_clients, 20, devices)
+        memory = compiled.memory_analysis()
+        # What clients keep goes in and out in the same place.
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        work = compiled.cost_analysis()["flops"]
+        costs.append((memory.temp_size_in_bytes, new, work))
+    assert costs[0] == costs[1]
 
 
 def count_steps(schedule):

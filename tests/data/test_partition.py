@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgen.data import partition as partition_lib
-from fedgen.data.partition import PARTITIONS, by_user, counts, partition, split
+from fedgen.data.partition import (
+    PARTITIONS,
+    by_user,
+    counts,
+    partition,
+    redraw,
+    split,
+)
 
 LABELS = np.repeat(np.arange(10, dtype=np.int32), 100)
 
@@ -207,6 +214,119 @@ def test_a_split_is_exhaustive_and_as_large_as_asked(problem, seed, fractions):
             assert (np.array(sizes) <= floor + 2).all()
     again = split(owner, labels, num_clients, seed=seed, fractions=fractions)
     np.testing.assert_array_equal(parts.order, again.order)
+
+
+def spread_one(labels, sizes, rng):
+    """Assign the parts of one client, cell after cell."""
+    _, size = np.unique(labels, return_counts=True)
+    exact = size[:, None] * (sizes / sizes.sum())
+    table = np.floor(exact + 1e-9).astype(np.int64)
+    open_class = size - table.sum(axis=1)
+    open_part = sizes - table.sum(axis=0)
+    remainder = np.round(exact - table, 9).ravel()
+    order = np.lexsort((rng.random(remainder.size), -remainder))
+    once = [(*divmod(cell, 3), 1) for cell in order]
+    rest = [(label, column, len(labels)) for label, column in np.ndindex(len(size), 3)]
+    for label, column, most in once + rest:
+        moved = min(open_class[label], open_part[column], most)
+        table[label, column] += moved
+        open_class[label] -= moved
+        open_part[column] -= moved
+    return np.repeat(np.tile(np.arange(3), len(size)), table.ravel())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    problem=problems(),
+    seed=st.integers(0, 100),
+    fraction=st.sampled_from([(0.7, 0.1, 0.2), (0.98, 0.01, 0.01), (0.3, 0.3, 0.4)]),
+)
+def test_clients_side_by_side_are_spread_as_one_after_another(problem, seed, fraction):
+    labels, num_clients = problem
+    owner = np.sort(np.random.default_rng(seed).integers(0, num_clients, len(labels)))
+    labels = labels[np.lexsort((labels, owner))]
+    size = np.bincount(owner, minlength=num_clients)
+    sizes = partition_lib._part_sizes(size, np.array(fraction))
+    one, all_ = (np.random.default_rng(seed) for _ in range(2))
+    expected = [
+        spread_one(labels[owner == client], sizes[client], one)
+        for client in np.flatnonzero(size)
+    ]
+    found = partition_lib._spread(owner, labels, sizes, all_)
+    np.testing.assert_array_equal(found, np.concatenate(expected))
+    # The streams go on alike, so blocks of clients change nothing either.
+    assert one.random() == all_.random()
+
+
+def test_a_split_does_not_depend_on_how_many_are_spread_together(monkeypatch):
+    owner = partition("dirichlet", LABELS, 30, seed=0, alpha=0.3)
+    whole = split(owner, LABELS, 30, seed=0)
+    monkeypatch.setattr(partition_lib, "_TOGETHER", 7)
+    np.testing.assert_array_equal(split(owner, LABELS, 30, seed=0).order, whole.order)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.1, 1.0, 1e6])
+@pytest.mark.parametrize("seed", range(100))
+def test_clients_served_together_get_what_they_get_in_turn(alpha, seed):
+    rng = np.random.default_rng(seed)
+    stock = rng.integers(0, 31, rng.integers(2, 7))
+    num_clients = max(1, int(rng.uniform(0.05, 0.5) * stock.sum()))
+    totals = partition_lib._even_sizes(stock.sum(), num_clients)
+    proportion = np.stack(
+        [partition_lib._dirichlet(rng, alpha, len(stock)) for _ in totals]
+    )
+    left, expected = stock.copy(), []
+    for each, total in zip(proportion, totals, strict=True):
+        expected.append(partition_lib._fill(each, left, total))
+        left = left - expected[-1]
+    found = partition_lib._fill_all(proportion, stock, totals)
+    np.testing.assert_array_equal(found, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_clients=st.integers(1, 40),
+    per_client=st.integers(1, 30),
+    seed=st.integers(0, 100),
+)
+def test_what_is_drawn_with_replacement_trains_nobody_and_tests_another(
+    num_clients, per_client, seed
+):
+    kind = np.random.default_rng(seed).permutation(np.repeat(np.arange(4), 10))
+    wanted = kind[np.arange(num_clients * per_client) * 7 % len(kind)]
+    owner = partition("dirichlet", wanted, num_clients, seed=seed, min_size=1)
+    drawn = split(owner, wanted, num_clients, seed=seed)
+    found = redraw(drawn, wanted, kind, seed=seed)
+    np.testing.assert_array_equal(kind[found.order], wanted[drawn.order])
+    roles = []
+    for before, after in zip(drawn[1:], found[1:], strict=True):
+        np.testing.assert_array_equal(before, after)
+        runs = [found.order[s : s + n] for s, n in zip(*after, strict=True)]
+        roles.append(set(np.concatenate(runs).tolist()))
+    train, validation, test = roles
+    assert not train & validation and not train & test and not validation & test
+    again = redraw(drawn, wanted, kind, seed=seed)
+    np.testing.assert_array_equal(found.order, again.order)
+
+
+def test_every_row_of_its_part_and_kind_is_as_likely_to_be_drawn():
+    kind = np.repeat([0, 1], [100, 50])
+    wanted = np.repeat([0, 1], 30_000)
+    drawn = split(np.zeros(60_000, int), wanted, 1, seed=0)
+    found = redraw(drawn, wanted, kind, seed=0)
+    trains = np.bincount(found.order[: drawn.train.size[0]], minlength=150)
+    for rows, each in ((slice(0, 100), 300), (slice(100, 150), 600)):
+        held = trains[rows][trains[rows] > 0]
+        assert held.size == 0.7 * (rows.stop - rows.start)
+        np.testing.assert_allclose(held, each, atol=5 * each**0.5)
+
+
+def test_a_kind_of_too_few_rows_cannot_be_drawn():
+    kind = np.array([0] * 20 + [1])
+    wanted = np.ones(10, int)
+    drawn = split(np.zeros(10, int), wanted, 1, seed=0)
+    with pytest.raises(ValueError, match="of 1 samples of kind 1, none is left for"):
+        redraw(drawn, wanted, kind, seed=0)
 
 
 def test_a_split_keeps_the_classes_of_each_client():

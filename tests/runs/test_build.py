@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -27,6 +28,37 @@ def test_samples_are_drawn_by_chance_and_keep_their_labels():
         pools.append(x)
     assert np.array_equal(pools[0], pools[1])
     assert not np.array_equal(pools[0], pools[2])
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "mixture"])
+def test_clients_can_draw_more_samples_than_there_are(kind):
+    config = dataclasses.replace(
+        CONFIG,
+        partition=kind,
+        samples=1000,
+        samples_per_client=300,
+        num_clients=3,
+        new_clients=2,
+    )
+    setup = build.build(config)
+    roles = [set(), set(), set()]
+    drawn = 0
+    for federation in (setup.federation, setup.newcomers):
+        assert len(federation.pool.y) == 1000
+        (cohort,) = federation.cohorts
+        parts = (cohort.train, cohort.validation, cohort.test)
+        for role, rows in zip(roles, parts, strict=True):
+            for start, size in zip(*map(np.asarray, rows), strict=True):
+                role.update(np.asarray(cohort.order)[start : start + size].tolist())
+                drawn += size
+    assert drawn == 5 * 300
+    for a, b in itertools.combinations(roles, 2):
+        assert not a & b
+    (cohort,) = setup.federation.cohorts
+    by_id = np.argsort(cohort.ids)[-3:]
+    np.testing.assert_array_equal(
+        setup.counts.sum(axis=1), np.asarray(cohort.train.size)[by_id]
+    )
 
 
 def test_more_samples_than_there_are_is_refused():

@@ -30,6 +30,7 @@ REFUSED = [
     *({name: -1} for name in ("eval_every", "classes_per_client", "local_steps")),
     *({name: -1} for name in ("checkpoint_every", "chunk", "devices", "new_clients")),
     *({name: -1} for name in ("min_size", "samples", "seed", "weight_decay")),
+    *({name: -1} for name in ("samples_per_client", "eval_clients")),
     *({"alpha": x} for x in (0.0, -1.0, float("nan"), float("inf"))),
     *({"learning_rate": x} for x in (0.0, float("nan"), float("inf"))),
     *({"weight_decay": x} for x in (float("nan"), float("inf"))),
@@ -38,7 +39,8 @@ REFUSED = [
     *({"severity": x} for x in (0, 6)),
     # Wider numbers wrap around: seed 2^32 would silently be seed 0.
     *({name: 2**31} for name in ("seed", "batch_size", "local_steps")),
-    {"chunk": 21},
+    *({name: 21} for name in ("chunk", "eval_clients")),
+    {"samples_per_client": 2**31 // 20 + 1},
 ]
 
 
@@ -62,6 +64,11 @@ def test_what_is_out_of_range_is_named_with_what_came(change):
 def test_the_nearest_known_name_is_proposed(change, proposal):
     with pytest.raises(ValueError, match=f"unknown .*did you mean '{proposal}'"):
         dataclasses.replace(Config(), **change).check()
+
+
+def test_samples_that_clients_share_are_not_corrupted():
+    with pytest.raises(ValueError, match="corruption must be empty .*, got 'all'"):
+        Config(corruption="all", samples_per_client=10).check()
 
 
 def test_legs_come_once_and_the_main_one_first():

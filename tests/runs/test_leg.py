@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -198,6 +199,21 @@ def test_the_best_round_is_chosen_on_validation_and_ties_go_to_the_first(case):
     assert summary["best"]["personal_accuracy"] == {"mean": 0.2}
 
 
+def test_a_subset_of_the_clients_is_scored_as_among_all(case):
+    config = dataclasses.replace(case.config, eval_clients=2)
+    some = leg.prepare("fedper", case.leg.algorithm, case.setup, config)
+    arguments = case.leg.init(), case.setup.federation, leg.run_keys(config.seed)[2]
+    whole, part = (
+        leg._summarise(each, setting, [], each.evaluate(*arguments))
+        for each, setting in ((case.leg, case.config), (some, config))
+    )
+    assert whole["evaluated_clients"] is None
+    ids = part["evaluated_clients"]
+    assert len(ids) == 2 and ids == sorted(set(ids))
+    expected = [whole["personal_accuracy"]["per_client"][i] for i in ids]
+    assert part["personal_accuracy"]["per_client"] == expected
+
+
 def some_scores():
     count = np.array([10, 0, 20])
     scores = Scores(
@@ -207,7 +223,7 @@ def some_scores():
         np.array([2, 0, 1]),
         np.array([1, 0, 10]),
     )
-    return Evaluation(scores, scores)
+    return Evaluation(scores, scores, np.arange(3))
 
 
 def test_clients_without_test_rows_are_null_and_do_not_count(case):

@@ -273,6 +273,41 @@ def test_many_clients_are_sorted_by_their_largest_class(tmp_path, monkeypatch):
     assert sorted(map(tuple, shown)) == sorted(map(tuple, counts))
 
 
+def test_of_very_many_clients_some_are_drawn_evenly(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    n = 100_000
+    counts = np.ones((n, 2), int)
+    counts[: n // 4, 0] = 3  # a quarter has another largest class
+    counts[n // 4 :, 1] = 2
+    plots.partition(counts, tmp_path / "partition.png")
+    upper, lower, _ = figures[0].axes
+    shown = lower.images[0].get_array().filled(0)
+    assert shown.shape == (2, 1000)
+    assert np.sum(shown[0] == 3) == 250
+    assert upper.get_title(loc="left").startswith("100,000 clients, 325,000 training")
+    assert lower.get_xlabel().endswith("1,000 of 100,000 drawn, evenly spaced")
+
+    gain = np.linspace(1, -1, 50_001)
+    plots.client_gains(
+        summary(list(0.5 + gain / 2), [0.5] * gain.size), tmp_path / "a.png"
+    )
+    upper, lower = figures[1].axes
+    drawn = max(upper.lines, key=lambda line: np.ptp(line.get_ydata())).get_ydata()
+    np.testing.assert_allclose(drawn, np.linspace(100, 0, 1000), atol=0.01)
+    assert lower.get_title(loc="left").startswith("25,000 of 50,001 clients better")
+    assert lower.get_xlabel().endswith("1,000 of 50,001 drawn, evenly spaced")
+
+
+def test_clients_of_a_subset_go_by_their_ids(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    some = {**summary([0.5, 0.9], [0.4, 0.4]), "evaluated_clients": [7, 30]}
+    plots.client_gains(some, tmp_path / "gains.png")
+    labels = figures[0].axes[1].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["30", "7"]
+
+
 def test_a_partition_of_nothing_is_drawn(tmp_path):
     picture = pixels(plots.partition(np.zeros((3, 2), int), tmp_path / "empty.png"))
     assert has_margin(picture)

@@ -291,7 +291,9 @@ def test_what_is_no_png_is_refused_before_anything_is_written(found, tmp_path):
 def test_a_thousand_clients_make_a_page(tmp_path):
     values = list(np.linspace(0, 1, 1000))
     found = summary(values, local_only=values[::-1])
+    found["evaluated_clients"] = list(range(0, 2000, 2))
     path = report.write_report(tmp_path / "r.html", CONFIG, found, history(found), {})
     text = Page(path.read_text(encoding="utf-8")).text
     assert "pfedgm ties with local_only" in text
+    assert "Accuracies are over 1,000 clients, drawn once." in text
     assert "better than local_only for 500, worse for 500 and equal for 0" in text
