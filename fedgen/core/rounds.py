@@ -265,10 +265,24 @@ def _visit(
         lambda a: jnp.zeros(a.shape, jnp.result_type(a.dtype, jnp.float32)),
         _split(like)[0],
     )
-    (clients, sums), visited = jax.lax.scan(
-        visit_chunk,
-        (clients, sums),
-        jax.tree.map(lambda a: a.reshape(-1, chunk), (slot, mask, work)),
+    chunks = jax.tree.map(lambda a: a.reshape(-1, chunk), (slot, mask, work))
+    first = jax.tree.map(lambda a: a[0], chunks)
+    shapes = jax.eval_shape(visit_chunk, (clients, sums), first)[1]
+    number = chunks[0].shape[0]
+    visited = jax.tree.map(lambda a: jnp.zeros((number, *a.shape), a.dtype), shapes)
+    nobody = jnp.full((number, chunk), -1, jnp.int32)
+    visited = (visited[0]._replace(id=nobody), *visited[1:3], nobody)
+
+    def go_on(i, carry):
+        *carry, visited = carry
+        carry, new = visit_chunk(carry, jax.tree.map(lambda a: a[i], chunks))
+        return *carry, jax.tree.map(lambda a, b: a.at[i].set(b), visited, new)
+
+    # Chunks of nobody come last and are left out: a device among many holds only a few
+    # of a round's participants.
+    count = -(-jnp.sum(mask, dtype=jnp.int32) // chunk)
+    clients, sums, visited = jax.lax.fori_loop(
+        0, count, go_on, (clients, sums, visited)
     )
     executed = chunk * jnp.max(visited[2], axis=1)
     # The filling of the last chunk goes, or shapes would depend on the chunk.

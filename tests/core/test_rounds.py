@@ -189,6 +189,31 @@ def test_dropped_clients_cost_and_change_nothing(federation):
     assert int(state.server["asked"]) == 8
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_chunks_of_nobody_are_not_run(federation, devices):
+    mesh, visits = make_mesh(devices), []
+    plain = recorder()
+
+    def local(context, key, client, message, data):
+        jax.debug.callback(lambda id_: visits.append(int(id_)), message[1])
+        return plain.local(context, key, client, message, data)
+
+    def sample(key, federation):
+        del key
+        (cohort,) = federation.cohorts
+        here = (cohort.ids >= 2) & (cohort.ids < 5)
+        slot = jnp.arange(cohort.num_clients)
+        return (Participants(slot, here, jnp.ones(slot.shape)),)
+
+    execution = Execution(1, mesh)
+    algorithm = plain._replace(local=local)
+    placed = place(federation, mesh)
+    state = rounds.init_state(algorithm, placed, KEY, execution)
+    jax.jit(rounds.make_round(algorithm, sample, execution))(state, placed, KEY)
+    jax.effects_barrier()
+    assert sorted(visits) == [2, 3, 4]
+
+
 def test_a_round_without_anybody_keeps_the_server(federation):
     def nobody(key, federation):
         (drawn,) = participation.full()(key, federation)
