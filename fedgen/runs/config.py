@@ -85,10 +85,23 @@ class Config:
     seed: int = _flag(0, "Seed of the data, the weights and the training.")
     eval_every: int = _flag(2, "Rounds between evaluations.")
     checkpoint_every: int = _flag(2, "Rounds between checkpoints; 0 writes none.")
-    chunk: int = _flag(0, "Clients trained at once on a device; 0 suits the platform.")
-    devices: int = _flag(
-        0, "Devices that share the clients; 0 takes all (on a CPU, one per core)."
+    chunk: int | str = _flag(
+        "auto",
+        "Clients trained at once on a device, all, or auto: before a training of more "
+        "than a minute or so, a probe of some seconds times a few numbers, and on a "
+        "CPU of devices, and remembers the fastest for this machine; a shorter one "
+        "takes 1 on a CPU and all elsewhere.",
     )
+    devices: int = _flag(
+        0,
+        "Devices that share the clients; 0 takes all (on a CPU, one per core, unless "
+        "the probe of --chunk=auto finds fewer to be faster).",
+    )
+
+    def __post_init__(self) -> None:
+        """Read a number that came as text, as from a command line."""
+        if isinstance(self.chunk, str) and self.chunk.lstrip("-").isdecimal():
+            object.__setattr__(self, "chunk", int(self.chunk))
 
     def check(self) -> None:
         """Raise a `ValueError` for whatever can be told without reading data.
@@ -108,7 +121,6 @@ class Config:
         natural = (
             "local_steps",
             "checkpoint_every",
-            "chunk",
             "devices",
             "new_clients",
             "min_size",
@@ -132,10 +144,16 @@ class Config:
             "weight_decay", 0 <= decay < float("inf"), "at least 0 and finite"
         )
         self._require("severity", 1 <= self.severity <= 5, "between 1 and 5")
-        if self.chunk > self.num_clients:
-            raise ValueError(
-                f"chunk must be at most the {self.num_clients} clients, "
-                f"got {self.chunk}"
+        if isinstance(self.chunk, str):
+            self._require(
+                "chunk", self.chunk in ("auto", "all"), "a number, all or auto"
+            )
+        else:
+            self._require("chunk", self.chunk >= 1, "at least 1")
+            self._require(
+                "chunk",
+                self.chunk <= self.num_clients,
+                f"at most the {self.num_clients} clients",
             )
         nearest("algorithm", self.algorithm, algorithms.REGISTRY)
         for name in self.baselines:

@@ -37,7 +37,7 @@ def claim(config: Config, folder: str | None, resume: bool) -> pathlib.Path:
                 "empty or a new folder"
             )
         return path
-    devices = config.devices or len(jax.devices())
+    devices = config.devices or min(stored["devices"], len(jax.devices()))
     placed = dataclasses.replace(config, devices=devices)
     changed = config_lib.differences(placed, stored)
     if changed:
@@ -49,6 +49,21 @@ def claim(config: Config, folder: str | None, resume: bool) -> pathlib.Path:
             "name another folder"
         )
     return path
+
+
+def recorded(config: Config, path: pathlib.Path) -> Config:
+    """Replace a layout left to choose by the one that a run in the folder chose.
+
+    Chunk and devices decide how sums are rounded; a resumed run must not choose anew.
+    """
+    if _stored(path) is None:
+        return config
+    was = json.loads((path / "config.json").read_text())["environment"]
+    return dataclasses.replace(
+        config,
+        devices=config.devices or was["devices"],
+        chunk=was.get("chunk", "auto") if config.chunk == "auto" else config.chunk,
+    )
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
