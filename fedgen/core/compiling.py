@@ -56,21 +56,27 @@ def cached(folder: pathlib.Path) -> Iterator[Callable[[], None]]:
     if given or not jax.config.jax_enable_compilation_cache:
         yield lambda: None
         return
-    shortest = jax.config.jax_persistent_cache_min_compile_time_secs
     with tempfile.TemporaryDirectory() as name:
         waiting = pathlib.Path(name)
         for entry in folder.glob("*-cache"):
             (waiting / entry.name).symlink_to(entry.absolute())
+        settings = {
+            "jax_compilation_cache_dir": name,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            # They would make the name of the temporary folder a part of every key.
+            "jax_persistent_cache_enable_xla_caches": "none",
+        }
+        before = {key: getattr(jax.config, key) for key in settings}
         try:
-            _set_cache(name, 0.0)
+            _configure(settings)
             yield functools.partial(_add, waiting, folder)
         finally:
-            _set_cache(None, shortest)
+            _configure(before)
 
 
-def _set_cache(folder: str | None, shortest: float) -> None:
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+def _configure(settings: dict[str, Any]) -> None:
+    for key, value in settings.items():
+        jax.config.update(key, value)
     compilation_cache.reset_cache()
 
 

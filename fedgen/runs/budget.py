@@ -7,6 +7,7 @@ round and one evaluation, whose results are thrown away.
 from __future__ import annotations
 
 import os
+import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from fedgen.runs.leg import Leg
 from fedgen.runs.tables import quantity
 
 _MIB = 2**20
-# What the pictures and the checkpoints load, and the allocator does not reuse.
+# What the pictures and the files load, and the allocator does not reuse.
 _FILES = 60 * _MIB
 _ROWS = (
     ("MiB of the pool, shared", "pool", _MIB),
@@ -31,6 +32,7 @@ _ROWS = (
     ("MiB of the server's state", "server", _MIB),
     ("MiB to train a chunk", "chunk", _MIB),
     ("MiB to evaluate a chunk", "evaluation", _MIB),
+    ("MiB to write a checkpoint", "checkpoint", _MIB),
     ("s to compile", "compile_seconds", 1),
     ("s a round", "round_seconds", 1),
     ("s an evaluation", "evaluation_seconds", 1),
@@ -49,6 +51,7 @@ class Estimate(NamedTuple):
       server: Bytes of the server's state.
       chunk: Bytes of working memory of a round, on all devices.
       evaluation: The same of an evaluation.
+      checkpoint: Bytes of the copy of all states that is written.
       compile_seconds: As measured.
       round_seconds: As measured.
       evaluation_seconds: As measured.
@@ -62,6 +65,7 @@ class Estimate(NamedTuple):
     server: int
     chunk: int
     evaluation: int
+    checkpoint: int
     compile_seconds: float
     round_seconds: float
     evaluation_seconds: float
@@ -72,7 +76,8 @@ class Estimate(NamedTuple):
     @property
     def working(self) -> int:
         """Bytes that training needs beside the pool."""
-        return self.clients + self.server + max(self.chunk, self.evaluation)
+        parts = (self.chunk, self.evaluation, self.checkpoint)
+        return self.clients + self.server + max(parts)
 
 
 class Budget(NamedTuple):
@@ -130,6 +135,7 @@ def estimate(leg: Leg, setup: Setup, config: Config) -> Estimate:
         server=tree.num_bytes(leg.like.server),
         chunk=devices * _working_bytes(leg.block),
         evaluation=devices * _working_bytes(leg.evaluate),
+        checkpoint=tree.num_bytes(leg.like) if config.checkpoint_every else 0,
         compile_seconds=leg.compile_seconds,
         round_seconds=round_seconds,
         evaluation_seconds=evaluation_seconds,
@@ -150,8 +156,10 @@ def tell(legs: Sequence[Leg], setup: Setup, config: Config) -> Budget:
 def held_bytes() -> int:
     """Return the memory that this process, or its busiest device, holds now."""
     if jax.default_backend() == "cpu":
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pages = pathlib.Path("/proc/self/statm")
+        if not pages.exists():  # as on macOS
+            return leg_lib.peak_memory_bytes()
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max(stat.get("bytes_in_use", 0) for stat in stats)
 

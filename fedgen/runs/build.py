@@ -40,10 +40,10 @@ def by_platform(config: Config, federation: Federation) -> tuple[Execution, str]
     """Lay clients out as the flags say, and where they do not, as the platform is."""
     del federation
     mesh = execution.make_mesh(config.devices or len(jax.devices()))
-    asked = config.chunk != "auto" and config.devices
+    given = config.chunk != "auto" and config.devices
     return (
         Execution(execution.read_chunk(config.chunk), mesh),
-        "as asked for" if asked else "platform's default",
+        "as given" if given else "platform's default",
     )
 
 

@@ -48,7 +48,8 @@ def choose(config: Config, federation: Federation) -> tuple[Execution, str]:
     Returns:
       The layout, and in words who chose it.
     """
-    if config.chunk != "auto":
+    # Several processes would have to agree on what each of them timed.
+    if config.chunk != "auto" or jax.process_count() > 1:
         return build.by_platform(config, federation)
     path = sources.cache_dir() / "layouts" / f"{_key(config, federation)}.json"
     found, chosen = _read(path), "an earlier probe"
@@ -86,7 +87,7 @@ def search(
     """Time chunks as long as they get faster, then fewer devices with the best one.
 
     Args:
-      measure: Seconds of a client under a chunk and a number of devices; a ValueError
+      measure: Seconds of a client under a chunk and a number of devices; an error
         where that does not fit into memory.
       chunks: In order.
       devices: In order.
@@ -104,7 +105,7 @@ def search(
                 return
             try:
                 seconds[candidate] = measure(*candidate)
-            except ValueError:
+            except (ValueError, jax.errors.JaxRuntimeError):
                 seconds[candidate] = float("inf")
             if best < seconds[candidate]:
                 return

@@ -39,7 +39,7 @@ def long(config, tmp_path, monkeypatch):
     def inject(seconds):
         def measure(config, federation, chunk, devices):
             asked.append((chunk, devices))
-            return seconds[chunk, devices]
+            return seconds.get((chunk, devices), 9.0)
 
         monkeypatch.setattr(probe, "_client_seconds", measure)
         return asked
@@ -127,7 +127,7 @@ def test_a_candidate_is_timed_on_the_federation_itself(config):
 
 
 def test_a_resumed_run_keeps_the_layout_of_the_first(config, long, tmp_path):
-    long({(1, 2): 3.0, (2, 2): 2.0, (1, 1): 4.0, (2, 1): 1.0})
+    long({(1, 2): 3.0, (2, 2): 2.0, (2, 1): 1.0})
     quiet = rich.console.Console(file=io.StringIO(), width=100)
     folder, train = tmp_path / "it", leg.train
     seen = []
@@ -142,7 +142,7 @@ def test_a_resumed_run_keeps_the_layout_of_the_first(config, long, tmp_path):
         patch.setattr(leg, "train", record)
         with pytest.raises(KeyboardInterrupt):
             experiment.run(config, str(folder), console=quiet)
-        long({(1, 2): 1.0, (2, 2): 2.0, (1, 1): 4.0})
+        long({(1, 2): 1.0})
         for path in (sources.cache_dir() / "layouts").iterdir():
             path.unlink()
         experiment.run(config, str(folder), resume=True, console=quiet)

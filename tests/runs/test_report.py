@@ -69,7 +69,7 @@ def result(accuracies, **changes):
         "bytes_down": 7 * 2**20,
         "local_steps": 1234,
         "executed_steps": 5678,
-        "seconds": {"compile": 3.21, "steady": 65.4},
+        "seconds": {"compile": 3.21, "steady": 65.4, "evaluation": 1.2},
         "peak_memory_bytes": 321 * 2**20,
     } | changes
 
