@@ -87,15 +87,14 @@ class Config:
     checkpoint_every: int = _flag(2, "Rounds between checkpoints; 0 writes none.")
     chunk: int | str = _flag(
         "auto",
-        "Clients trained at once on a device, all, or auto: before a training of more "
-        "than a minute or so, a probe of some seconds times a few numbers, and on a "
-        "CPU of devices, and remembers the fastest for this machine; a shorter one "
-        "takes 1 on a CPU and all elsewhere.",
+        "Clients trained at once on a device: a number, all, or auto, which is 1 on a "
+        "CPU and all elsewhere, but before a training of more than a minute or so the "
+        "fastest of a few that a short probe times, once for this machine.",
     )
     devices: int = _flag(
         0,
-        "Devices that share the clients; 0 takes all (on a CPU, one per core, unless "
-        "the probe of --chunk=auto finds fewer to be faster).",
+        "Devices that share the clients; 0 takes all (on a CPU one per core, unless "
+        "the probe of --chunk=auto finds one alone to be faster).",
     )
 
     def __post_init__(self) -> None:

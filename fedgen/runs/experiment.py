@@ -104,7 +104,8 @@ def _prepare(
     recipes = {name: build.build_algorithm(config, name) for name in config.legs}
     setup = build.build(workdir.recorded(config, path), probe.choose)
     chunk, devices = setup.execution.chunk or "all", setup.execution.num_devices
-    console.print(f"chunk {chunk} on {devices} devices, {setup.layout}", style="dim")
+    count = f"{devices} device{'s' if devices > 1 else ''}"
+    console.print(f"chunk {chunk} on {count} ({setup.layout})", style="dim")
     # The compiler is single-threaded for the most part; the machine is not.
     with (
         console.status("compiling"),

@@ -8,7 +8,6 @@ of a run. What is chosen changes how sums are rounded, and nothing else.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -57,11 +56,9 @@ def choose(config: Config, federation: Federation) -> tuple[Execution, str]:
         budget = _SHARE * training_seconds(config, federation)
         if budget < _WORTH:
             return build.by_platform(config, federation)
-        seconds = search(
-            functools.partial(_client_seconds, config, federation),
-            *candidates(config, federation),
-            budget,
-        )
+        chunks, devices = candidates(config, federation)
+        count = None if "all" in chunks else max(chunks) * max(devices)
+        seconds = search(timer(config, federation, count), chunks, devices, budget)
         found, chosen = min(seconds, key=seconds.get), "a probe"
         _write(path, found, seconds)
     chunk, devices = found
@@ -87,7 +84,7 @@ def search(
     """Time chunks as long as they get faster, then fewer devices with the best one.
 
     Args:
-      measure: Seconds of a client under a chunk and a number of devices; an error
+      measure: Seconds under a chunk and a number of devices; an error
         where that does not fit into memory.
       chunks: In order.
       devices: In order.
@@ -140,29 +137,30 @@ def _step_operations(model: Any, shape: tuple[int, ...]) -> float:
     return (gradient.lower(params, x).cost_analysis() or {}).get("flops", 0.0)
 
 
-def _client_seconds(
-    config: Config, federation: Federation, chunk: Chunk, devices: int
-) -> float:
-    """Time the local steps of a client among as many as the candidates need."""
-    mesh = execution.make_mesh(devices)
-    layout = Execution(execution.read_chunk(chunk), mesh)
-    chunks, counts = candidates(config, federation)
-    size = None if "all" in chunks else max(chunks) * max(counts)
-    few = _first_clients(federation, size)
+def timer(config: Config, federation: Federation, count: int | None) -> Measure:
+    """Return what times a few local steps of `count` clients of every cohort."""
+    few = _first_clients(federation, count)
     short = dataclasses.replace(config, local_steps=_STEPS)
     algorithm = build.build_algorithm(short, config.algorithm).prepared(few)
-    few, key = execution.place(few, mesh), jax.random.key(config.seed)
-    state = rounds.make_init(algorithm, layout)(key, few)
-    state = State(state.round, state.server, ())
-    adapt = jax.jit(evaluate.make_adapt(algorithm, layout))
-    adapt = compile_ahead(adapt, state, few, key, quick=True)
-    leg.check_memory(config.algorithm, adapt, devices)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        jax.block_until_ready(adapt(state, few, key))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / sum(cohort.num_clients for cohort in few.cohorts)
+    key = jax.random.key(config.seed)
+
+    def measure(chunk: Chunk, devices: int) -> float:
+        mesh = execution.make_mesh(devices)
+        layout = Execution(execution.read_chunk(chunk), mesh)
+        placed = execution.place(few, mesh)
+        state = rounds.make_init(algorithm, layout)(key, placed)
+        state = State(state.round, state.server, ())
+        adapt = jax.jit(evaluate.make_adapt(algorithm, layout))
+        adapt = compile_ahead(adapt, state, placed, key, quick=True)
+        leg.check_memory(config.algorithm, adapt, devices)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            jax.block_until_ready(adapt(state, placed, key))
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    return measure
 
 
 def _first_clients(federation: Federation, count: int | None) -> Federation:
@@ -216,8 +214,9 @@ def _write(
 ) -> None:
     """Keep what a probe found, if there is a place where that can be kept."""
     tried = [
-        {"chunk": chunk, "devices": devices, "client_seconds": value}
+        {"chunk": chunk, "devices": devices, "seconds": value}
         for (chunk, devices), value in seconds.items()
+        if value < float("inf")
     ]
     found = {"chunk": best[0], "devices": best[1], "tried": tried}
     try:

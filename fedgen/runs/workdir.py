@@ -52,7 +52,7 @@ def claim(config: Config, folder: str | None, resume: bool) -> pathlib.Path:
 
 
 def recorded(config: Config, path: pathlib.Path) -> Config:
-    """Replace a layout left to choose by the one that a run in the folder chose.
+    """Replace the layout by that of the run in the folder, if there is one.
 
     Chunk and devices decide how sums are rounded; a resumed run must not choose anew.
     """
@@ -61,8 +61,8 @@ def recorded(config: Config, path: pathlib.Path) -> Config:
     was = json.loads((path / "config.json").read_text())["environment"]
     return dataclasses.replace(
         config,
-        devices=config.devices or was["devices"],
-        chunk=was.get("chunk", "auto") if config.chunk == "auto" else config.chunk,
+        devices=was["devices"],
+        chunk=was.get("chunk", config.chunk),
     )
 
 

@@ -37,11 +37,11 @@ def long(config, tmp_path, monkeypatch):
     asked = []
 
     def inject(seconds):
-        def measure(config, federation, chunk, devices):
+        def measure(chunk, devices):
             asked.append((chunk, devices))
             return seconds.get((chunk, devices), 9.0)
 
-        monkeypatch.setattr(probe, "_client_seconds", measure)
+        monkeypatch.setattr(probe, "timer", lambda *args: measure)
         return asked
 
     return inject
@@ -109,7 +109,7 @@ def test_a_damaged_memory_is_no_memory(config, long, content):
 
 def test_a_short_training_is_not_probed(config, monkeypatch, tmp_path):
     monkeypatch.setenv("FEDGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(probe, "_client_seconds", pytest.fail)
+    monkeypatch.setattr(probe, "timer", pytest.fail)
     setup = build.build(config, probe.choose)
     assert setup.layout == "platform's default" and setup.execution.chunk == 1
     assert not list(tmp_path.glob("cache/layouts/*"))
@@ -120,10 +120,11 @@ def test_a_short_training_is_not_probed(config, monkeypatch, tmp_path):
     assert expected <= found <= 2 * expected
 
 
-def test_a_candidate_is_timed_on_the_federation_itself(config):
+def test_candidates_are_timed_on_clients_of_the_federation(config):
     federation = build.build(dataclasses.replace(config, devices=1)).federation
+    measure = probe.timer(config, federation, 4)
     for chunk, devices in ((2, 2), ("all", 1)):
-        assert 0 < probe._client_seconds(config, federation, chunk, devices) < 60
+        assert 0 < measure(chunk, devices) < 60
 
 
 def test_a_resumed_run_keeps_the_layout_of_the_first(config, long, tmp_path):
