@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import warnings
 
@@ -32,24 +31,6 @@ def test_unknown_options_are_told_from_known_ones():
     assert not compiling._known(xla_no_such_option=False)
 
 
-@pytest.fixture
-def events():
-    """Let JAX use caches, and count what they do."""
-    found = collections.Counter()
-
-    def listen(event, **info):
-        found[event.rpartition("/")[2]] += 1
-
-    jax.monitoring.register_event_listener(listen)
-    jax.config.update("jax_enable_compilation_cache", True)
-    try:
-        yield found
-    finally:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compiling.compilation_cache.reset_cache()
-        jax.monitoring.unregister_event_listener(listen)
-
-
 def compile_again():
     """Compile as a process does that has compiled nothing yet."""
     jax.clear_caches()
@@ -59,34 +40,34 @@ def compile_again():
     np.testing.assert_allclose(compiled(X), np.tanh(X) @ np.asarray(X).T, rtol=1e-5)
 
 
-def test_a_second_run_compiles_nothing(events, tmp_path):
+def test_a_second_run_compiles_nothing(cache_events, tmp_path):
     folder = tmp_path / "runs" / "cache"
     with compiling.cached(folder) as keep:
         compile_again()
         assert list(tmp_path.iterdir()) == []  # It could still be refused.
         keep()
         kept = sorted(path.name for path in folder.iterdir())
-        assert len(kept) == events["cache_misses"] > 0
+        assert len(kept) == cache_events["cache_misses"] > 0
         keep()
-    assert not events["cache_hits"] and not jax.config.jax_compilation_cache_dir
-    misses = events["cache_misses"]
+    assert not cache_events["cache_hits"] and not jax.config.jax_compilation_cache_dir
+    misses = cache_events["cache_misses"]
     with compiling.cached(folder) as keep:
         compile_again()
         keep()
-    assert events["cache_misses"] == misses and events["cache_hits"] >= 1
+    assert cache_events["cache_misses"] == misses and cache_events["cache_hits"] >= 1
     assert sorted(path.name for path in folder.iterdir()) == kept
 
 
-def test_a_refused_run_leaves_nothing(events, tmp_path):
+def test_a_refused_run_leaves_nothing(cache_events, tmp_path):
     with pytest.raises(ValueError), compiling.cached(tmp_path / "cache"):
         compile_again()
         raise ValueError("refused")
-    assert events["cache_misses"] and list(tmp_path.iterdir()) == []
+    assert cache_events["cache_misses"] and list(tmp_path.iterdir()) == []
     assert not jax.config.jax_compilation_cache_dir
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_a_damaged_program_is_compiled_anew(events, tmp_path, size):
+def test_a_damaged_program_is_compiled_anew(cache_events, tmp_path, size):
     with compiling.cached(tmp_path) as keep:
         compile_again()
         keep()
@@ -96,7 +77,7 @@ def test_a_damaged_program_is_compiled_anew(events, tmp_path, size):
         warnings.simplefilter("ignore")
         compile_again()
         keep()
-    assert not events["cache_hits"]
+    assert not cache_events["cache_hits"]
 
 
 def test_a_full_cache_drops_what_was_not_used_for_longest(tmp_path, monkeypatch):
@@ -115,7 +96,7 @@ def test_a_full_cache_drops_what_was_not_used_for_longest(tmp_path, monkeypatch)
     assert not list(folder.iterdir())
 
 
-def test_a_cache_of_the_users_own_is_left_alone(events, tmp_path):
+def test_a_cache_of_the_users_own_is_left_alone(cache_events, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     try:
         with compiling.cached(tmp_path / "cache") as keep:

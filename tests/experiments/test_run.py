@@ -210,7 +210,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(
     assert files_of(world) == before
 
 
-def test_a_chunk_that_cannot_fit_is_refused(world, tmp_path, monkeypatch):
+def test_a_chunk_that_cannot_fit_is_refused(world, tmp_path, monkeypatch, cache_events):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(leg, "train", pytest.fail)
     monkeypatch.setattr(leg.os, "sysconf", lambda name: 1000)  # A million bytes.
@@ -224,6 +224,7 @@ def test_a_chunk_that_cannot_fit_is_refused(world, tmp_path, monkeypatch):
     )
     assert code == 2 and error.count("\n") == 1
     assert "local_only would need" in error and "smaller --chunk" in error
+    assert cache_events["cache_misses"], "it was compiled, and not kept"
     assert list(tmp_path.iterdir()) == []
 
 

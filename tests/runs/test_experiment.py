@@ -182,7 +182,9 @@ def test_running_it_again_needs_resume_and_then_changes_nothing(done, config):
     assert files_of(folder) == before
 
 
-def test_an_interrupted_run_resumes_to_the_same_end(done, config, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_end(
+    done, config, tmp_path, cache_events
+):
     folder, result, _ = done
     train = leg.train
 
@@ -200,7 +202,13 @@ def test_an_interrupted_run_resumes_to_the_same_end(done, config, tmp_path):
         patch.setattr(leg, "train", kill_the_second)
         experiment.run(config, str(tmp_path / "it"), console=quiet())
     assert not (tmp_path / "it" / "summary.json").exists()
+    compiled = cache_events["cache_misses"]
+    assert len(list((tmp_path / ".jax_cache").iterdir())) == compiled >= 6
+    assert not cache_events["cache_hits"]
     again = experiment.run(config, str(tmp_path / "it"), resume=True, console=quiet())
+
+    # Blocks, evaluations and initialisations came from the cache.
+    assert cache_events["cache_hits"] >= 6
 
     def lasting(summary):
         left = ("seconds", "peak_memory_bytes", "workdir", "baselines")
