@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import pathlib
 import shutil
@@ -13,6 +14,9 @@ from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+# JAX reports when a cache is opened and closed; nobody needs to know.
+logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)
 
 # XLA's newer emitters of fused loops make training of auto-encoders a third faster,
 # but take up to twice the time, and twice the memory, to compile.

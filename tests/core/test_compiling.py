@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -40,8 +41,9 @@ def compile_again():
     np.testing.assert_allclose(compiled(X), np.tanh(X) @ np.asarray(X).T, rtol=1e-5)
 
 
-def test_a_second_run_compiles_nothing(cache_events, tmp_path):
+def test_a_second_run_compiles_nothing(cache_events, tmp_path, caplog):
     folder = tmp_path / "runs" / "cache"
+    caplog.set_level(logging.INFO)
     with compiling.cached(folder) as keep:
         compile_again()
         assert list(tmp_path.iterdir()) == []  # It could still be refused.
@@ -56,6 +58,7 @@ def test_a_second_run_compiles_nothing(cache_events, tmp_path):
         keep()
     assert cache_events["cache_misses"] == misses and cache_events["cache_hits"] >= 1
     assert sorted(path.name for path in folder.iterdir()) == kept
+    assert not caplog.records, "a run says nothing on stderr"
 
 
 def test_a_refused_run_leaves_nothing(cache_events, tmp_path):
