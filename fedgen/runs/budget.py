@@ -87,11 +87,13 @@ class Budget(NamedTuple):
       estimates: By algorithm.
       compiled: Most bytes that the process has held up to the end of compiling.
       held: Bytes that it holds then, the pool among them.
+      files: Bytes for what writes files and draws pictures.
     """
 
     estimates: dict[str, Estimate]
     compiled: int
     held: int
+    files: int
 
     @property
     def peak(self) -> int:
@@ -101,7 +103,7 @@ class Budget(NamedTuple):
         compiled; compiling may have taken more.
         """
         working = max(each.working for each in self.estimates.values())
-        return max(self.compiled, self.held + working) + _FILES
+        return max(self.compiled, self.held + working) + self.files
 
     @property
     def seconds(self) -> float:
@@ -123,24 +125,24 @@ def estimate(leg: Leg, setup: Setup, config: Config) -> Estimate:
     _, reports = jax.block_until_ready(
         leg.block(state, federation, round_key, np.int32(1))
     )
-    round_seconds, evaluation_seconds = (
-        time.perf_counter() - evaluated,
-        evaluated - start,
-    )
+    round_seconds = time.perf_counter() - evaluated
+    evaluation_seconds = evaluated - start
     (line,) = leg_lib.round_lines(leg, jax.tree.map(lambda a: a[:1], reports), 1)
     evaluations = -(-config.rounds // config.eval_every)
+    copied = config.checkpoint_every and jax.default_backend() == "cpu"
     return Estimate(
         pool=tree.num_bytes((federation.pool, federation.cohorts)),
         clients=tree.num_bytes(leg.like.clients),
         server=tree.num_bytes(leg.like.server),
         chunk=devices * _working_bytes(leg.block),
         evaluation=devices * _working_bytes(leg.evaluate),
-        checkpoint=tree.num_bytes(leg.like) if config.checkpoint_every else 0,
+        checkpoint=tree.num_bytes(leg.like) if copied else 0,
         compile_seconds=leg.compile_seconds,
         round_seconds=round_seconds,
         evaluation_seconds=evaluation_seconds,
-        training_seconds=config.rounds * round_seconds
-        + evaluations * evaluation_seconds,
+        training_seconds=(
+            config.rounds * round_seconds + evaluations * evaluation_seconds
+        ),
         bytes_down=line["bytes_down"],
         bytes_up=line["bytes_up"],
     )
@@ -150,7 +152,9 @@ def tell(legs: Sequence[Leg], setup: Setup, config: Config) -> Budget:
     """Tell what compiled algorithms will take, one after another."""
     compiled, held = leg_lib.peak_memory_bytes(), held_bytes()
     estimates = {leg.name: estimate(leg, setup, config) for leg in legs}
-    return Budget(estimates, compiled, held)
+    # Checkpoints and pictures take the memory of the host.
+    files = _FILES if jax.default_backend() == "cpu" else 0
+    return Budget(estimates, compiled, held, files)
 
 
 def held_bytes() -> int:
@@ -169,7 +173,8 @@ def to_table(budget: Budget) -> table.Table:
     estimates = budget.estimates
     out = table.Table(
         box=box.SIMPLE_HEAD,
-        caption=f"peak memory {quantity(budget.peak / _MIB)} MiB, "
+        caption=f"peak memory {quantity(budget.peak / _MIB)} MiB, of which "
+        f"{quantity(budget.held / _MIB)} once compiled; "
         f"{quantity(budget.seconds)} s in all",
     )
     out.add_column("")
