@@ -202,12 +202,11 @@ def test_an_interrupted_run_resumes_to_the_same_end(
         patch.setattr(leg, "train", kill_the_second)
         experiment.run(config, str(tmp_path / "it"), console=quiet())
     assert not (tmp_path / "it" / "summary.json").exists()
-    compiled = cache_events["cache_misses"]
-    assert len(list((tmp_path / ".jax_cache").iterdir())) == compiled >= 6
+    # A block, an evaluation and an initialisation of either algorithm.
+    assert len(list((tmp_path / ".jax_cache").iterdir())) >= 6
     assert not cache_events["cache_hits"]
     again = experiment.run(config, str(tmp_path / "it"), resume=True, console=quiet())
 
-    # Blocks, evaluations and initialisations came from the cache.
     assert cache_events["cache_hits"] >= 6
 
     def lasting(summary):
