@@ -124,7 +124,7 @@ class Lab:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.execution = Execution(config.chunk or execution.default_chunk())
+        self.execution = Execution(execution.read_chunk(config.chunk))
         self._compiled: dict[Any, Any] = {}
 
     def algorithm(self, **hyperparameters: Any) -> Algorithm:

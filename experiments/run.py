@@ -23,6 +23,16 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; by default a new one under runs/."
 )
 RESUME = flags.DEFINE_bool("resume", False, "Continue the run that the folder holds.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run",
+    False,
+    "Print what the run would take of memory, seconds and bytes; write nothing.",
+)
+COMPILATION_CACHE = flags.DEFINE_bool(
+    "compilation_cache",
+    True,
+    "Reuse compiled programs, in .jax_cache beside the folder of the run.",
+)
 SET = flags.DEFINE_multi_string(
     "set", [], "name=value, a hyper-parameter of --algorithm; repeatable."
 )
@@ -65,10 +75,15 @@ def read_config() -> Config:
 
 def main(argv: Sequence[str]) -> None:
     """Run what the flags say."""
-    guard(
-        argv,
-        lambda: experiment.run(read_config(), WORKDIR.value, resume=RESUME.value),
-    )
+    cache = {"compilation_cache": COMPILATION_CACHE.value}
+
+    def work() -> None:
+        if DRY_RUN.value:
+            experiment.dry_run(read_config(), WORKDIR.value, **cache)
+        else:
+            experiment.run(read_config(), WORKDIR.value, resume=RESUME.value, **cache)
+
+    guard(argv, work)
 
 
 def guard(argv: Sequence[str], work: Callable[[], object]) -> None:

@@ -7,6 +7,7 @@ depends on the one before.
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from fedgen.core.federation import Cohort, Federation, Model, Pool, Rows
 
@@ -57,6 +59,25 @@ def fedgen_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDGEN_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def cache_events():
+    """Allow caches of compiled programs for once, and count their hits and misses."""
+    events = collections.Counter()
+
+    def listen(event, **info):
+        del info
+        events[event.rpartition("/")[2]] += 1
+
+    jax.monitoring.register_event_listener(listen)
+    jax.config.update("jax_enable_compilation_cache", True)
+    try:
+        yield events
+    finally:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def build_model(

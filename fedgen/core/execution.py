@@ -44,6 +44,13 @@ def default_chunk() -> int | None:
     return 1 if jax.default_backend() == "cpu" else None
 
 
+def read_chunk(chunk: int | str) -> int | None:
+    """Turn a number, "all" or "auto", which suits the platform, into a chunk."""
+    if chunk == "auto":
+        return default_chunk()
+    return None if chunk == "all" else int(chunk)
+
+
 def use_cores() -> None:
     """Make each CPU core a device, so that clients train side by side on them.
 

@@ -17,8 +17,7 @@ import difflib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.fft
-import scipy.ndimage
+import scipy  # its parts load when they are used, half a second that few runs need
 
 from fedgen.data.sources import Source
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -30,16 +31,34 @@ class Setup(NamedTuple):
     domain: np.ndarray | None  # [rows] inherent distribution of every pool row
     sampler: Sampler
     execution: Execution
+    layout: str  # who chose the execution, for the record
 
 
-def build(config: Config) -> Setup:
+Choose = Callable[[Config, Federation], tuple[Execution, str]]
+
+
+def by_platform(config: Config, federation: Federation) -> tuple[Execution, str]:
+    """Lay clients out as the flags say, and where they do not, as the platform is."""
+    del federation
+    mesh = execution.make_mesh(config.devices or len(jax.devices()))
+    given = config.chunk != "auto" and config.devices
+    return (
+        Execution(execution.read_chunk(config.chunk), mesh),
+        "as given" if given else "platform's default",
+    )
+
+
+def build(config: Config, choose: Choose = by_platform) -> Setup:
     """Read the data, deal it out and lay the clients out over the devices.
+
+    Args:
+      config: What is asked for.
+      choose: Chooses the layout for a federation that lies on one device.
 
     Raises:
       ValueError: If the data, or what is asked of it, does not fit.
     """
-    mesh = execution.make_mesh(config.devices or len(jax.devices()))
-    chunk = config.chunk or execution.default_chunk()
+    execution.make_mesh(config.devices or len(jax.devices()))  # or refused
     sampler = participation.unreliable(
         participation.uniform(config.participation),
         dropout=config.dropout,
@@ -73,8 +92,9 @@ def build(config: Config) -> Setup:
     counts = partition.counts(
         held[trains], source.y[split.order[trains]], total, source.num_classes
     )
+    layout, chosen = choose(config, federation)
     return Setup(
-        execution.place(federation, mesh),
+        execution.place(federation, layout.mesh),
         federate.federate(
             source, split, architectures, clients=np.flatnonzero(newcomers)
         )
@@ -83,7 +103,8 @@ def build(config: Config) -> Setup:
         counts[: config.num_clients],
         domain,
         sampler,
-        Execution(chunk, mesh),
+        layout,
+        chosen,
     )
 
 

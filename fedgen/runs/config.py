@@ -93,10 +93,22 @@ class Config:
         0, "Clients to evaluate, drawn once for the whole run; 0: all."
     )
     checkpoint_every: int = _flag(2, "Rounds between checkpoints; 0 writes none.")
-    chunk: int = _flag(0, "Clients trained at once on a device; 0 suits the platform.")
-    devices: int = _flag(
-        0, "Devices that share the clients; 0 takes all (on a CPU, one per core)."
+    chunk: int | str = _flag(
+        "auto",
+        "Clients trained at once on a device: a number, all, or auto, which is 1 on a "
+        "CPU and all elsewhere, but before a training of more than a minute or so the "
+        "fastest of a few that a short probe times, once for this machine.",
     )
+    devices: int = _flag(
+        0,
+        "Devices that share the clients; 0 takes all (on a CPU one per core, unless "
+        "the probe of --chunk=auto finds one alone to be faster).",
+    )
+
+    def __post_init__(self) -> None:
+        """Read a number that came as text, as from a command line."""
+        if isinstance(self.chunk, str) and self.chunk.lstrip("-").isdecimal():
+            object.__setattr__(self, "chunk", int(self.chunk))
 
     def check(self) -> None:
         """Raise a `ValueError` for whatever can be told without reading data.
@@ -116,7 +128,6 @@ class Config:
         natural = (
             "local_steps",
             "checkpoint_every",
-            "chunk",
             "devices",
             "new_clients",
             "min_size",
@@ -142,13 +153,18 @@ class Config:
             "weight_decay", 0 <= decay < float("inf"), "at least 0 and finite"
         )
         self._require("severity", 1 <= self.severity <= 5, "between 1 and 5")
-        for name in ("chunk", "eval_clients"):
-            expected = f"at most the {self.num_clients} clients"
-            self._require(name, getattr(self, name) <= self.num_clients, expected)
+        everybody = f"at most the {self.num_clients} clients"
+        self._require("eval_clients", self.eval_clients <= self.num_clients, everybody)
         clients = self.num_clients + self.new_clients
         most = (2**31 - 1) // clients
         expected = f"at most {most} for {clients} clients"
         self._require("samples_per_client", self.samples_per_client <= most, expected)
+        if isinstance(self.chunk, str):
+            known = self.chunk in ("auto", "all")
+            self._require("chunk", known, "a number, all or auto")
+        else:
+            self._require("chunk", self.chunk >= 1, "at least 1")
+            self._require("chunk", self.chunk <= self.num_clients, everybody)
         nearest("algorithm", self.algorithm, algorithms.REGISTRY)
         for name in self.baselines:
             nearest("baseline", name, algorithms.REGISTRY)

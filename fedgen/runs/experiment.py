@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import pathlib
 import platform
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import rich.console
 import rich.progress
 
+from fedgen.core import compiling
 from fedgen.core.algorithm import Algorithm, State
-from fedgen.runs import build, leg, plots, report, tables, workdir
+from fedgen.runs import budget, build, leg, probe, tables, workdir
 from fedgen.runs import config as config_lib
 from fedgen.runs.config import Config
 from fedgen.runs.leg import Line
@@ -27,6 +30,7 @@ def run(
     *,
     resume: bool = False,
     console: rich.console.Console | None = None,
+    compilation_cache: bool = True,
 ) -> dict[str, Any]:
     """Train, compare and write everything under the run's folder.
 
@@ -35,6 +39,8 @@ def run(
       folder: Where to; None chooses a new folder under `runs/`.
       resume: Continue what the folder holds instead of refusing it.
       console: Where progress and the table go.
+      compilation_cache: Whether to reuse, and keep, compiled programs beside the
+        run's folder.
 
     Returns:
       The content of summary.json, and `workdir`.
@@ -46,8 +52,60 @@ def run(
     console = console or rich.console.Console()
     config.check()
     path = workdir.claim(config, folder, resume)
+    with _compiled_programs(path, compilation_cache) as keep:
+        setup, legs = _prepare(config, path, console)
+        keep()
+        summary = _train(config, path, setup, legs, console)
+        keep()
+    return summary
+
+
+def dry_run(
+    config: Config,
+    folder: str | None = None,
+    *,
+    console: rich.console.Console | None = None,
+    compilation_cache: bool = True,
+) -> budget.Budget:
+    """Tell what a run will take, from its shapes and one round; nothing is written.
+
+    Args:
+      config: What the run would do.
+      folder: Where the run would go.
+      console: Where the table goes.
+      compilation_cache: Whether the run would reuse compiled programs.
+
+    Raises:
+      ValueError: If the run would be refused.
+    """
+    console = console or rich.console.Console()
+    config.check()
+    path = workdir.claim(config, folder, resume=False)
+    with _compiled_programs(path, compilation_cache):
+        setup, legs = _prepare(config, path, console)
+        told = budget.tell(legs, setup, config)
+    console.print(budget.to_table(told))
+    return told
+
+
+def _compiled_programs(
+    path: pathlib.Path, reuse: bool
+) -> contextlib.AbstractContextManager[Callable[[], None]]:
+    """Reuse what runs beside this one compiled, if that is wanted."""
+    if not reuse:
+        return contextlib.nullcontext(lambda: None)
+    return compiling.cached(path.parent / ".jax_cache")
+
+
+def _prepare(
+    config: Config, path: pathlib.Path, console: rich.console.Console
+) -> tuple[build.Setup, list[leg.Leg]]:
+    """Read the data, choose the layout and compile all algorithms."""
     recipes = {name: build.build_algorithm(config, name) for name in config.legs}
-    setup = build.build(config)
+    setup = build.build(workdir.recorded(config, path), probe.choose)
+    chunk, devices = setup.execution.chunk or "all", setup.execution.num_devices
+    count = f"{devices} device{'s' if devices > 1 else ''}"
+    console.print(f"chunk {chunk} on {count} ({setup.layout})", style="dim")
     # The compiler is single-threaded for the most part; the machine is not.
     with (
         console.status("compiling"),
@@ -56,7 +114,17 @@ def run(
         legs = list(
             pool.map(lambda item: leg.prepare(*item, setup, config), recipes.items())
         )
+    return setup, legs
 
+
+def _train(
+    config: Config,
+    path: pathlib.Path,
+    setup: build.Setup,
+    legs: list[leg.Leg],
+    console: rich.console.Console,
+) -> dict[str, Any]:
+    """Train one algorithm after another, and report."""
     path.mkdir(parents=True, exist_ok=True)
     workdir.write_json(
         path / "config.json",
@@ -115,7 +183,7 @@ def load(folder: str | pathlib.Path) -> Finished:
     if foreign := set(stored) - known:
         raise ValueError(f"{path} is of another version, with flags {sorted(foreign)}")
     config = Config(**{**stored, "baselines": tuple(stored["baselines"])})
-    setup = build.build(config)
+    setup = build.build(workdir.recorded(config, path))
     return Finished(config, setup, *leg.restore(config.algorithm, setup, config, path))
 
 
@@ -131,6 +199,7 @@ def environment(setup: build.Setup) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "devices": setup.execution.num_devices,
         "chunk": setup.execution.chunk or "all",
+        "layout": setup.layout,
     }
 
 
@@ -141,6 +210,9 @@ def _write_report(
     results: dict[str, leg.Result],
     setup: build.Setup,
 ) -> pathlib.Path:
+    # Matplotlib takes a second to load, which no training should wait for.
+    from fedgen.runs import plots, report
+
     folder = path / "plots"
     folder.mkdir(exist_ok=True)
     history = {name: _history(result.lines) for name, result in results.items()}

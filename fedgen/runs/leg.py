@@ -162,14 +162,14 @@ def train(
                 Checkpoints((folder / "checkpoints").absolute())
             )
         start = time.perf_counter()
-        state, lines, seconds = _begin(leg, checkpoints, metrics, warn)
+        state, lines, spent = _begin(leg, checkpoints, metrics, warn)
         setup_seconds = time.perf_counter() - start
         board = stack.enter_context(_write_board(folder / "tensorboard", lines))
         for line in lines:
             progress(line)
         saved = int(state.round)
 
-        start = time.perf_counter()
+        clock = _Clock(**spent)
         try:
             for new_state, reports in simulate.simulate(
                 leg.block,
@@ -181,19 +181,21 @@ def train(
             ):
                 state = new_state
                 done = int(state.round)
-                new = _round_lines(leg, reports, done)
+                new = round_lines(leg, reports, done)
                 last = done == config.rounds
                 if last or done % config.eval_every == 0:
+                    clock.lap("steady")
                     evaluation = leg.evaluate(state, setup.federation, evaluate_key)
                     new[-1] |= _evaluation_line(leg.algorithm, evaluation, done)
+                    clock.lap("evaluation")
                 workdir.append_lines(metrics, new)
                 lines += new
                 for line in new:
                     _write_events(board, line)
                     progress(line)
                 if checkpoints and (last or done % config.checkpoint_every == 0):
-                    spent = seconds + time.perf_counter() - start
-                    checkpoints.save(state, {"seconds": spent})
+                    clock.lap("steady")
+                    checkpoints.save(state, {"seconds": clock.seconds})
                     saved = done
         except FloatingPointError as error:
             where = (
@@ -202,18 +204,33 @@ def train(
                 else "there is no checkpoint to go back to"
             )
             raise FloatingPointError(f"{leg.name}, {error}; {where}") from error
+        clock.lap("steady")
         if evaluation is None:
             evaluation = leg.evaluate(state, setup.federation, evaluate_key)
             jax.block_until_ready(evaluation)
-        seconds += time.perf_counter() - start
+            clock.lap("evaluation")
     summary = _summarise(leg, config, lines, evaluation)
     summary["seconds"] = {
         "compile": leg.compile_seconds + setup_seconds,
-        "steady": seconds,
+        **clock.seconds,
     }
     if setup.newcomers is not None:
         summary["new_clients"] = _newcomers(leg, setup, state, config.seed)
     return Result(summary, lines)
+
+
+class _Clock:
+    """Adds up what training, and what evaluation, took."""
+
+    def __init__(self, steady: float = 0.0, evaluation: float = 0.0) -> None:
+        self.seconds = {"steady": steady, "evaluation": evaluation}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Count the time since the last call for a part."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now
 
 
 def _place(shapes: State, execution: Execution) -> State:
@@ -235,11 +252,11 @@ def _begin(
     checkpoints: Checkpoints | None,
     metrics: pathlib.Path,
     warn: Callable[[str], None],
-) -> tuple[State, list[Line], float]:
+) -> tuple[State, list[Line], dict[str, float]]:
     """Return the state to train on from, its lines, and the seconds spent on it."""
     lines = workdir.read_lines(metrics)
     found = checkpoints and checkpoints.restore(leg.like, warn, len(lines))
-    state, seconds = (found[0], found[1]["seconds"]) if found else (leg.init(), 0.0)
+    state, seconds = (found[0], found[1]["seconds"]) if found else (leg.init(), {})
     jax.block_until_ready(state)
     lines = lines[: int(state.round)]
     workdir.write_lines(metrics, lines)
@@ -306,7 +323,7 @@ def peak_memory_bytes() -> int:
     return max(stat.get("peak_bytes_in_use", 0) for stat in stats)
 
 
-def _round_lines(leg: Leg, reports: Report, last: int) -> list[Line]:
+def round_lines(leg: Leg, reports: Report, last: int) -> list[Line]:
     """Turn the reports of a block into one line a round."""
     count = reports.steps.shape[0]
     lines = []

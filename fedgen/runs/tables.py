@@ -83,6 +83,7 @@ COLUMNS = (
     Column("executed_steps", "Local steps", "executed", count),
     Column("compile_seconds", "Time (s)", "compile", quantity),
     Column("steady_seconds", "Time (s)", "steady", quantity),
+    Column("evaluation_seconds", "Time (s)", "evaluation", quantity),
     Column("peak_mib", "Peak memory (MiB)", "", quantity),
 )
 
@@ -165,7 +166,8 @@ def comparison(summary: Mapping[str, Any]) -> table.Table:
         "best\n@ round": "{best_personal}\n@ {best_round}",
         "MiB\nup\ndown": "{mib_up}\n{mib_down}",
         "steps\nreal\nexecuted": "{local_steps}\n{executed_steps}",
-        "seconds\ncompile\nsteady": "{compile_seconds}\n{steady_seconds}",
+        "seconds\ncompile\nsteady\nevaluate": "{compile_seconds}\n{steady_seconds}"
+        "\n{evaluation_seconds}",
         "peak\nMiB": "{peak_mib}",
     }
     if "new_clients" not in present:
@@ -211,6 +213,7 @@ def _row(name: str, result: Mapping[str, Any], local: float | None) -> Row:
         "executed_steps": _get(result, "executed_steps"),
         "compile_seconds": _get(result, "seconds", "compile"),
         "steady_seconds": _get(result, "seconds", "steady"),
+        "evaluation_seconds": _get(result, "seconds", "evaluation"),
         "peak_mib": _scaled(_get(result, "peak_memory_bytes"), 1 / _MIB),
     }
 

@@ -37,7 +37,7 @@ def claim(config: Config, folder: str | None, resume: bool) -> pathlib.Path:
                 "empty or a new folder"
             )
         return path
-    devices = config.devices or len(jax.devices())
+    devices = config.devices or min(stored["devices"], len(jax.devices()))
     placed = dataclasses.replace(config, devices=devices)
     changed = config_lib.differences(placed, stored)
     if changed:
@@ -49,6 +49,21 @@ def claim(config: Config, folder: str | None, resume: bool) -> pathlib.Path:
             "name another folder"
         )
     return path
+
+
+def recorded(config: Config, path: pathlib.Path) -> Config:
+    """Replace the layout by that of the run in the folder, if there is one.
+
+    Chunk and devices decide how sums are rounded; a resumed run must not choose anew.
+    """
+    if _stored(path) is None:
+        return config
+    was = json.loads((path / "config.json").read_text())["environment"]
+    return dataclasses.replace(
+        config,
+        devices=was["devices"],
+        chunk=was.get("chunk", config.chunk),
+    )
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

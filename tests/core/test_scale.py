@@ -50,6 +50,7 @@ def block_memory(name, federation, chunk):
         + sizes.output_size_in_bytes
         - sizes.alias_size_in_bytes
     )
+    assert sizes.alias_size_in_bytes >= tree.num_bytes(state), "a state was copied"
     return held, sizes.temp_size_in_bytes, tree.num_bytes(state.clients)
 
 

@@ -119,7 +119,7 @@ BAD = [
     ("--partition=mixture --inherent=rotatoin", "inherent", "'rotatoin'"),
     ("--learning_rat=1", "learning_rat", "learning_rate"),
     # What is of the wrong kind.
-    ("--chunk=abc", "chunk", "abc"),
+    ("--chunk=abc", "chunk must be a number, all or auto", "got abc"),
     ("--alpha=small", "alpha", "small"),
     ("--resume=perhaps", "resume", "perhaps"),
     ("--set=temperature=warm", "temperature must be a number", "'warm'"),
@@ -150,6 +150,7 @@ BAD = [
     ("--seed=4294967296", "seed must be below 2^31", "got 4294967296"),
     ("--eval_every=0", "eval_every must be at least 1", "got 0"),
     ("--checkpoint_every=-1", "checkpoint_every must be at least 0", "got -1"),
+    ("--chunk=0", "chunk must be at least 1", "got 0"),
     ("--chunk=21", "chunk must be at most the 20 clients", "got 21"),
     ("--devices=3", "devices must be between 1 and the 2 available", "got 3"),
     ("--set=temperature=-1", "temperature must be", "-1"),
@@ -209,7 +210,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(
     assert files_of(world) == before
 
 
-def test_a_chunk_that_cannot_fit_is_refused(world, tmp_path, monkeypatch):
+def test_a_chunk_that_cannot_fit_is_refused(world, tmp_path, monkeypatch, cache_events):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(leg, "train", pytest.fail)
     monkeypatch.setattr(leg.os, "sysconf", lambda name: 1000)  # A million bytes.
@@ -223,6 +224,7 @@ def test_a_chunk_that_cannot_fit_is_refused(world, tmp_path, monkeypatch):
     )
     assert code == 2 and error.count("\n") == 1
     assert "local_only would need" in error and "smaller --chunk" in error
+    assert cache_events["cache_misses"], "it was compiled, and not kept"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -275,7 +277,8 @@ def test_flags_reach_the_experiment(monkeypatch, tmp_path):
     )
     code, error = invoke("--resume", f"--workdir={tmp_path}", "--chunk=2")
     assert (code, error) == (0, "")
-    assert asked == [((Config(chunk=2), str(tmp_path)), {"resume": True})]
+    options = {"resume": True, "compilation_cache": True}
+    assert asked == [((Config(chunk=2), str(tmp_path)), options)]
 
 
 def start(*args, cwd, **variables):

@@ -25,6 +25,16 @@ def test_the_defaults_pass():
     Config(corruption="all", model="mlp,cnn").check()
 
 
+def test_a_chunk_is_a_number_or_a_word():
+    assert dataclasses.replace(CHANGED, chunk="4") == dataclasses.replace(
+        CHANGED, chunk=4
+    )
+    for chunk in (1, 20, "auto", "all"):
+        config = dataclasses.replace(CHANGED, chunk=chunk)
+        config.check()
+        assert Config(**{**config_lib.to_json(config), "baselines": ()}).chunk == chunk
+
+
 REFUSED = [
     *({name: 0} for name in ("num_clients", "rounds", "local_epochs", "batch_size")),
     *({name: -1} for name in ("eval_every", "classes_per_client", "local_steps")),
@@ -39,8 +49,9 @@ REFUSED = [
     *({"severity": x} for x in (0, 6)),
     # Wider numbers wrap around: seed 2^32 would silently be seed 0.
     *({name: 2**31} for name in ("seed", "batch_size", "local_steps")),
-    *({name: 21} for name in ("chunk", "eval_clients")),
+    {"eval_clients": 21},
     {"samples_per_client": 2**31 // 20 + 1},
+    *({"chunk": x} for x in (0, 21, "21", "some", "")),
 ]
 
 

@@ -106,7 +106,8 @@ def test_the_summary_has_every_promised_key(done):
         assert accuracy["mean"] == pytest.approx(known.mean())
         assert accuracy["std"] == pytest.approx(known.std())
         assert accuracy["worst_decile"] == pytest.approx(known.min())
-        assert entry["seconds"]["compile"] > 0 and entry["seconds"]["steady"] > 0
+        assert set(entry["seconds"]) == {"compile", "steady", "evaluation"}
+        assert min(entry["seconds"].values()) > 0
         assert entry["peak_memory_bytes"] > 1e6
         assert entry["rounds"] == 3 and entry["best_round"] in (2, 3)
         assert 0 <= entry["new_clients"]["personal_accuracy"]["mean"] <= 1
@@ -181,7 +182,9 @@ def test_running_it_again_needs_resume_and_then_changes_nothing(done, config):
     assert files_of(folder) == before
 
 
-def test_an_interrupted_run_resumes_to_the_same_end(done, config, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_end(
+    done, config, tmp_path, cache_events
+):
     folder, result, _ = done
     train = leg.train
 
@@ -199,7 +202,12 @@ def test_an_interrupted_run_resumes_to_the_same_end(done, config, tmp_path):
         patch.setattr(leg, "train", kill_the_second)
         experiment.run(config, str(tmp_path / "it"), console=quiet())
     assert not (tmp_path / "it" / "summary.json").exists()
+    # A block, an evaluation and an initialisation of either algorithm.
+    assert len(list((tmp_path / ".jax_cache").iterdir())) >= 6
+    assert not cache_events["cache_hits"]
     again = experiment.run(config, str(tmp_path / "it"), resume=True, console=quiet())
+
+    assert cache_events["cache_hits"] >= 6
 
     def lasting(summary):
         left = ("seconds", "peak_memory_bytes", "workdir", "baselines")

@@ -27,7 +27,7 @@ def result(mean, **changes):
         "bytes_down": 512 * 2**20,
         "local_steps": 123_456,
         "executed_steps": 234_567,
-        "seconds": {"compile": 12.34, "steady": 345.6},
+        "seconds": {"compile": 12.34, "steady": 345.6, "evaluation": 2.3},
         "peak_memory_bytes": 2**31,
     } | changes
 
@@ -66,6 +66,7 @@ def test_rows_hold_every_number_of_the_summary_in_its_unit():
         "executed_steps": 234_567,
         "compile_seconds": 12.34,
         "steady_seconds": 345.6,
+        "evaluation_seconds": 2.3,
         "peak_mib": 2048.0,
     }
     assert local["method"] == "local_only"
