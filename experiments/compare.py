@@ -31,21 +31,6 @@ GRID = flags.DEFINE_multi_string(
 )
 
 
-def read_grid() -> dict[str, list[str]]:
-    """Collect `--grid`.
-
-    Raises:
-      ValueError: If one is not of the form name=a,b.
-    """
-    grid = {}
-    for text in GRID.value:
-        name, _, values = text.partition("=")
-        if not name or not values or "" in values.split(","):
-            raise ValueError(f"--grid must be name=a,b,c, got {text!r}")
-        grid[name] = values.split(",")
-    return grid
-
-
 def main(argv: Sequence[str]) -> None:
     """Compare what the flags say."""
 
@@ -55,7 +40,10 @@ def main(argv: Sequence[str]) -> None:
             run.read_config(),
             ALGORITHMS.value,
             SEEDS.value,
-            read_grid(),
+            {
+                name: values.split(",")
+                for name, values in run.read_grid(GRID.value).items()
+            },
             folder,
             rich.console.Console(stderr=True),
         )

@@ -63,6 +63,23 @@ def read_config() -> Config:
     return Config(**values, hyperparameters=own)
 
 
+def read_grid(texts: Sequence[str]) -> dict[str, str]:
+    """Read what follows each `--grid`, name=a,b,c.
+
+    Raises:
+      ValueError: If one is not of that form, or a name comes twice.
+    """
+    grid = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if not name or "" in values.split(","):
+            raise ValueError(f"--grid must be name=a,b,c, got {text!r}")
+        if name in grid:
+            raise ValueError(f"--grid must have each name once, got {name} twice")
+        grid[name] = values
+    return grid
+
+
 def main(argv: Sequence[str]) -> None:
     """Run what the flags say."""
     guard(

@@ -33,7 +33,7 @@ from fedgen.runs.build import Setup
 from fedgen.runs.config import Config
 
 Line = dict[str, Any]
-_SHORT = 8  # rounds, which are over sooner if they are compiled quickly
+SHORT = 8  # rounds, which are over sooner if they are compiled quickly
 
 
 class Leg(NamedTuple):
@@ -71,8 +71,7 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
     init = rounds.make_init(algorithm, execution)
     like = _place(jax.eval_shape(init, init_key, federation), execution)
     round_fn = rounds.make_round(algorithm, setup.sampler, execution)
-    length = math.gcd(config.eval_every, config.checkpoint_every or config.eval_every)
-    length = min(length, config.rounds)
+    length = block_length(config)
     block = simulate.make_block(round_fn, length, execution)
     block = compile_ahead(
         block,
@@ -80,7 +79,7 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
         federation,
         round_key,
         jnp.int32(length),
-        quick=config.rounds <= _SHORT,
+        quick=config.rounds <= SHORT,
     )
     check_memory(name, block, execution.num_devices)
     evaluate = jax.jit(evaluate_lib.make_evaluate(algorithm, execution))
@@ -176,11 +175,11 @@ def train(
             ):
                 state = new_state
                 done = int(state.round)
-                new = _round_lines(leg, reports, done)
+                new = round_lines(leg, reports, done)
                 last = done == config.rounds
                 if last or done % config.eval_every == 0:
                     evaluation = leg.evaluate(state, setup.federation, evaluate_key)
-                    new[-1] |= _evaluation_line(leg.algorithm, evaluation, done)
+                    new[-1] |= evaluation_line(leg.algorithm, evaluation, done)
                 workdir.append_lines(metrics, new)
                 lines += new
                 for line in new:
@@ -201,7 +200,7 @@ def train(
             evaluation = leg.evaluate(state, setup.federation, evaluate_key)
             jax.block_until_ready(evaluation)
         seconds += time.perf_counter() - start
-    summary = _summarise(leg, config, lines, evaluation)
+    summary = summarise(leg, config, lines, evaluation)
     summary["seconds"] = {
         "compile": leg.compile_seconds + setup_seconds,
         "steady": seconds,
@@ -241,7 +240,13 @@ def _begin(
     return state, lines, seconds
 
 
-def run_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def block_length(config: Config) -> int:
+    """Return the rounds of a block, which ends wherever the host looks in."""
+    length = math.gcd(config.eval_every, config.checkpoint_every or config.eval_every)
+    return min(length, config.rounds)
+
+
+def run_keys(seed: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the keys of initialisation, rounds and evaluation."""
     return tuple(jax.random.split(jax.random.key(seed), 3))
 
@@ -301,7 +306,7 @@ def peak_memory_bytes() -> int:
     return max(stat.get("peak_bytes_in_use", 0) for stat in stats)
 
 
-def _round_lines(leg: Leg, reports: Report, last: int) -> list[Line]:
+def round_lines(leg: Leg, reports: Report, last: int) -> list[Line]:
     """Turn the reports of a block into one line a round."""
     count = reports.steps.shape[0]
     lines = []
@@ -348,7 +353,12 @@ def _with_clients(per_client: np.ndarray) -> dict[str, Any]:
     return {**spread(per_client), "per_client": listed}
 
 
-def _evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) -> Line:
+def evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) -> Line:
+    """Turn the evaluation after a round into a part of the round's line.
+
+    Raises:
+      FloatingPointError: If the loss of a client's own model is not finite.
+    """
     validation, test = jax.device_get(evaluation)
     bad = np.flatnonzero(~np.isfinite(validation.loss + test.loss))
     if bad.size:
@@ -367,9 +377,10 @@ def _evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) ->
     }
 
 
-def _summarise(
+def summarise(
     leg: Leg, config: Config, lines: list[Line], evaluation: Evaluation
 ) -> dict[str, Any]:
+    """Sum up the lines of a run and its last evaluation."""
     test = jax.device_get(evaluation).test
     received = _received_accuracy(leg.algorithm, test)
     evaluated = [line for line in lines if "personal_accuracy" in line]
