@@ -14,6 +14,7 @@ import rich.console
 from absl import app, flags
 
 from experiments import run
+from experiments.seeds import SEEDS
 from fedgen.runs import compare
 
 ALGORITHMS = flags.DEFINE_list(
@@ -22,7 +23,6 @@ ALGORITHMS = flags.DEFINE_list(
     "Algorithms to compare, the one of interest first; name:hyperparameter=value:... "
     "fixes some, so that variants of one algorithm can stand side by side.",
 )
-SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, counted from --seed.")
 GRID = flags.DEFINE_multi_string(
     "grid",
     [],

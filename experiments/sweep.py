@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from experiments import run
+from experiments.seeds import SEEDS
 from fedgen import algorithms
 from fedgen.runs import sweep
 
-SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, counted from --seed.")
 GRID = flags.DEFINE_multi_string(
     "grid",
     [],

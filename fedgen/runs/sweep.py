@@ -1,9 +1,9 @@
 """Many runs of one algorithm as one program: seeds and hyper-parameters are an axis.
 
-Runs that differ in numbers alone, as a seed or a learning rate, are stacked, `[r, ...]`,
-and compiled once; what their data have in common is held once. A size, a name or a
-switch makes another program: runs that differ in one form groups, and the groups are
-trained one after another.
+Runs that differ in numbers alone, as a seed or a learning rate, are compiled once and
+their states stacked, `[r, ...]`; what their data have in common is held once. A size, a
+name or a switch makes another program: runs that differ in one form groups, and the
+groups are trained one after another.
 """
 
 from __future__ import annotations
@@ -127,17 +127,14 @@ def sweep(
     points = list_points(asked)
     path = workdir.claim(asked, folder, resume, RECORD)
     devices = asked.devices or len(jax.devices())
+    execution.make_mesh(devices)  # refuses more than there are
     start = time.perf_counter()
     with console.status("compiling"):
-        setups = _build(points)
+        setups = deal(points)
+        build_group = functools.partial(prepare, setups=setups, devices=devices)
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            groups = list(
-                pool.map(
-                    lambda runs: prepare(runs, setups, devices), _group(points, setups)
-                )
-            )
+            groups = list(pool.map(build_group, to_groups(points, setups)))
     environment = experiment.environment(next(iter(setups.values())))
-    del setups  # the groups hold what they need, once
     compiling = time.perf_counter() - start
 
     path.mkdir(parents=True, exist_ok=True)
@@ -257,7 +254,7 @@ def _build_algorithm(config: Config) -> Algorithm:
     return build.build_algorithm(config, config.algorithm)
 
 
-def _build(points: Sequence[Point]) -> dict[tuple[int, str], Setup]:
+def deal(points: Sequence[Point]) -> dict[tuple[int, str], Setup]:
     """Deal out the data of every seed, for every model."""
     setups = {}
     for point in points:
@@ -269,7 +266,7 @@ def _build(points: Sequence[Point]) -> dict[tuple[int, str], Setup]:
     return setups
 
 
-def _group(points: Sequence[Point], setups: Mapping) -> list[list[Point]]:
+def to_groups(points: Sequence[Point], setups: Mapping) -> list[list[Point]]:
     """Bring together the runs that can share a program, and say what is mapped."""
     examples = {name: point for point in points for name in _numbers(point)}
     mapped = {
@@ -359,7 +356,7 @@ def prepare(points: list[Point], setups: Mapping, devices: int) -> Group:
             for name in points[0].scalars
         },
     )
-    stacked, differs = _stack([setups[each].federation for each in data])
+    stacked, differs = stack([setups[each].federation for each in data])
     stacked = jax.device_put(stacked, whole)
 
     def lift(fn: Callable) -> Callable:
@@ -442,7 +439,7 @@ def _shardings(mesh: Mesh | None) -> tuple[jax.sharding.Sharding, ...]:
     )
 
 
-def _stack(federations: Sequence[Federation]) -> tuple[Federation, Federation]:
+def stack(federations: Sequence[Federation]) -> tuple[Federation, Federation]:
     """Stack arrays that differ, keep one of those that are equal, and say which."""
     federations = [jax.tree.map(np.asarray, each) for each in federations]
     differs = jax.tree.map(
