@@ -35,7 +35,7 @@ from fedgen.core.compiling import compile_ahead
 from fedgen.core.evaluate import Evaluation
 from fedgen.core.federation import Federation
 from fedgen.core.rounds import Report
-from fedgen.runs import build, compare, experiment, workdir
+from fedgen.runs import build, compare, experiment, plots, workdir
 from fedgen.runs import config as config_lib
 from fedgen.runs import leg as leg_lib
 from fedgen.runs.build import Setup
@@ -82,7 +82,7 @@ class Runs(NamedTuple):
     """What is a run's own, apart from its state; leaves `[r]`."""
 
     seed: jax.Array  # int32
-    place: jax.Array  # int32, of its data among those that are stacked
+    data: jax.Array  # int32, which of the stacked data is its own
     scalars: Scalars  # float32
 
 
@@ -174,6 +174,7 @@ def sweep(
     }
     workdir.write_json(path / RECORD, record)
     (path / "sweep.md").write_text(to_markdown(rows))
+    plots.grid(rows, record["best"], path / "sweep.png")
     if all(row["diverged"] for row in rows):
         raise FloatingPointError(
             f"every point of the grid diverged, see {path}/sweep.md"
@@ -268,17 +269,22 @@ def deal(points: Sequence[Point]) -> dict[tuple[int, str], Setup]:
 
 def to_groups(points: Sequence[Point], setups: Mapping) -> list[list[Point]]:
     """Bring together the runs that can share a program, and say what is mapped."""
-    examples = {name: point for point in points for name in _numbers(point)}
+    # An algorithm that has yet to look at the data has sizes of its own.
+    settled = [_build_algorithm(point.config).prepare is None for point in points]
+    examples = {
+        name: point
+        for point in itertools.compress(points, settled)
+        for name in _numbers(point)
+    }
     mapped = {
         name
         for name, point in examples.items()
         if _traces(point, setups[point.data], name)
     }
     groups = {}
-    for point in points:
+    for point, shared in zip(points, settled, strict=True):
         constants = point.config
-        # An algorithm that has yet to look at the data has sizes of its own.
-        if _build_algorithm(constants).prepare is None:
+        if shared:
             scalars = {k: v for k, v in _numbers(point).items() if k in mapped}
             point = point._replace(scalars=scalars)
             constants = _with(constants, dict.fromkeys(scalars))
@@ -311,7 +317,6 @@ def _traces(point: Point, setup: Setup, name: str) -> bool:
     def run(value):
         key, federation = jax.random.key(0), setup.federation
         algorithm = _build_algorithm(_with(point.config, {name: value}))
-        algorithm = algorithm.prepared(federation)
         state = rounds.make_init(algorithm)(key, federation)
         round_fn = rounds.make_round(algorithm, setup.sampler, setup.execution)
         state, _ = round_fn(state, federation, key)
@@ -364,7 +369,7 @@ def prepare(points: list[Point], setups: Mapping, devices: int) -> Group:
 
         def one(stacked, run, *args):
             federation = jax.tree.map(
-                lambda a, differs: a[run.place] if differs else a, stacked, differs
+                lambda a, differs: a[run.data] if differs else a, stacked, differs
             )
             own = algorithm
             if run.scalars:

@@ -14,7 +14,9 @@ from absl.testing import flagsaver
 from experiments import run
 from experiments import sweep as command
 from fedgen.core import execution
-from fedgen.runs import sweep
+from fedgen.runs import sweep, workdir
+from fedgen.runs.config import Config
+from fedgen.runs.sweep import RECORD
 
 TINY = (
     "--algorithm=fedavg --model=mlp4 --num_clients=3 --rounds=1 --eval_every=1 "
@@ -72,9 +74,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case[0])
-def test_bad_input_is_refused_in_one_line_before_any_work(
-    case, tmp_path, monkeypatch
-):
+def test_bad_input_is_refused_in_one_line_before_any_work(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep, "train", pytest.fail)
     text, *words = case
@@ -105,20 +105,23 @@ def test_it_prints_a_table_and_keeps_its_folder(tmp_path):
     assert summary["personal_accuracy"]["mean"] == per_run
     assert len((alone / "metrics.jsonl").read_text().splitlines()) == 1
 
-    monkeypatch = pytest.MonkeyPatch()
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "prepare", pytest.fail)
         code, _, error = invoke(text)
         assert code == 2 and "already holds this run" in error and "--resume" in error
         code, _, error = invoke(text.replace("0.1,", "0.2,") + " --resume")
         assert code == 2 and "--grid was learning_rate=0.1,1e30, is" in error
-        other = f"--workdir={place} --resume"
-        with contextlib.redirect_stderr(io.StringIO()) as told, flagsaver.flagsaver():
-            with pytest.raises(SystemExit):
-                run.main(run.parse(["run", *other.split()]))
-        assert "holds files but no config.json" in told.getvalue()
     code, again, error = invoke(f"{text} --resume")
     assert code == 0 and again == out, error
+
+
+def test_runs_and_sweeps_stay_out_of_one_anothers_folders(tmp_path):
+    for record, claimed in (("sweep.json", "config.json"), ("config.json", RECORD)):
+        place = tmp_path / record
+        place.mkdir()
+        (place / record).write_text("{}")
+        with pytest.raises(ValueError, match=f"holds files but no {claimed}"):
+            workdir.claim(Config(), str(place), True, claimed)
 
 
 def test_a_sweep_that_diverges_everywhere_fails_and_says_where(tmp_path):
