@@ -402,24 +402,28 @@ def prepare(points: list[Point], setups: Mapping, devices: int) -> Group:
         leg_lib.check_memory(config.algorithm, done, num_devices)
         return functools.partial(done, stacked, runs)
 
-    init = jax.jit(lift(init))
+    init, evaluate = jax.jit(lift(init)), jax.jit(lift(evaluate))
+    block = jax.jit(lift(block), donate_argnums=2)
     like = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split),
         jax.eval_shape(init, stacked, runs),
     )
     turns = config.rounds * len(filled) // num_devices
+    quick = turns <= leg_lib.SHORT
+    # The compiler is single-threaded for the most part; the machine is not.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(compiled, init)
+        train = pool.submit(
+            compiled, block, like, place([0] * len(filled)), quick=quick
+        )
+        score = pool.submit(compiled, evaluate, like)
     leg = Leg(
         config.algorithm,
         algorithm,
-        compiled(init),
+        first.result(),
         like,
-        compiled(
-            jax.jit(lift(block), donate_argnums=2),
-            like,
-            place([0] * len(filled)),
-            quick=turns <= leg_lib.SHORT,
-        ),
-        compiled(jax.jit(lift(evaluate)), like),
+        train.result(),
+        score.result(),
         rounds.traffic(
             algorithm,
             setup.federation,
