@@ -16,11 +16,11 @@ from experiments import sweep as command
 from fedgen.core import execution
 from fedgen.runs import sweep, workdir
 from fedgen.runs.config import Config
-from fedgen.runs.sweep import RECORD
+from fedgen.runs.sweep import RECORD, Group
 
 TINY = (
     "--algorithm=fedavg --model=mlp4 --num_clients=3 --rounds=1 --eval_every=1 "
-    "--checkpoint_every=0 --seeds=2"
+    "--checkpoint_every=0 --seeds=2 --samples=300"
 )
 
 
@@ -86,10 +86,18 @@ def test_bad_input_is_refused_in_one_line_before_any_work(case, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_prints_a_table_and_keeps_its_folder(tmp_path):
+def test_it_prints_a_table_and_keeps_its_folder(tmp_path, monkeypatch):
     """One sweep after another in one folder: refused, resumed, refused."""
     place = tmp_path / "sweep"
     text = f"{TINY} --grid learning_rate=0.1,1e30 --workdir={place}"
+    groups, prepare = [], sweep.prepare
+
+    def prepare_once(points, **rest):
+        if not groups:
+            groups.append(prepare(points, **rest))
+        return groups[0]
+
+    monkeypatch.setattr(sweep, "prepare", prepare_once)
     code, out, error = invoke(text)
     assert code == 0, error
     lines = out.splitlines()
@@ -124,7 +132,14 @@ def test_runs_and_sweeps_stay_out_of_one_anothers_folders(tmp_path):
             workdir.claim(Config(), str(place), True, claimed)
 
 
-def test_a_sweep_that_diverges_everywhere_fails_and_says_where(tmp_path):
+def test_a_sweep_that_diverges_everywhere_fails_and_says_where(tmp_path, monkeypatch):
+    def diverge(group, *_, **__):
+        return {point.name: {"diverged": "round 1"} for point in group.points}
+
+    monkeypatch.setattr(
+        sweep, "prepare", lambda points, **_: Group(points, *[None] * 3)
+    )
+    monkeypatch.setattr(sweep, "train", diverge)
     text = f"{TINY} --seeds=1 --grid learning_rate=1e30 --workdir={tmp_path}"
     code, _, error = invoke(text)
     assert code == 1 and error.splitlines()[-1].startswith("error: every point")
