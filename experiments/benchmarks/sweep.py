@@ -9,18 +9,21 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 
+import numpy as np
 from absl import app, flags
+
+from experiments.seeds import SEEDS
 
 RATES = flags.DEFINE_list(
     "rates", ["0.02", "0.05", "0.1"], "Values of --learning_rate, the grid."
 )
-RUNS_SEEDS = flags.DEFINE_integer("run_seeds", 2, "Number of seeds.", lower_bound=1)
 COMMON = flags.DEFINE_string(
     "common",
     "--algorithm=fedavg --model=mlp --num_clients=20",
@@ -28,21 +31,27 @@ COMMON = flags.DEFINE_string(
 )
 
 
-def launch(*args: str) -> float:
-    """Run a module of experiments to its end; return the seconds it took."""
-    start = time.perf_counter()
+def launch(*args: str) -> np.ndarray:
+    """Run a module to its end; return the seconds it took, and those of all cores."""
+    start = time.perf_counter(), _busy()
     subprocess.run([sys.executable, "-m", *args], check=True, capture_output=True)
-    return time.perf_counter() - start
+    return np.array([time.perf_counter() - start[0], _busy() - start[1]])
+
+
+def _busy() -> float:
+    """Return the processor seconds of all programs that ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(
     common: Sequence[str], rates: Sequence[str], seeds: int, folder: pathlib.Path
-) -> tuple[list[float], float, float]:
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Time both sides.
 
     Returns:
-      Seconds of each run, of the sweep, and the largest difference of the accuracies
-      that the two sides find, in [0, 1].
+      Seconds as of `launch`, of the runs `[r, 2]` and of the sweep `[2]`, and the
+      largest difference of the accuracies that the two sides find, in [0, 1].
     """
     alone, accuracy = [], []
     for rate, seed in itertools.product(rates, range(seeds)):
@@ -69,7 +78,7 @@ def measure(
     rows = json.loads((folder / "sweep" / "sweep.json").read_text())["rows"]
     found = [a for row in rows for a in row["personal_accuracy"]["per_seed"]]
     gap = max(abs(a - b) for a, b in zip(found, accuracy, strict=True))
-    return alone, together, gap
+    return np.array(alone), together, gap
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,13 +87,17 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"flags begin with --, got {' '.join(argv[1:])}")
     with tempfile.TemporaryDirectory() as folder:
         alone, together, gap = measure(
-            COMMON.value.split(), RATES.value, RUNS_SEEDS.value, pathlib.Path(folder)
+            COMMON.value.split(), RATES.value, SEEDS.value, pathlib.Path(folder)
         )
-    each = f"{len(alone)} runs of {min(alone):.1f} to {max(alone):.1f} s"
-    print("| how | seconds | times the sweep |")
+    one_by_one = alone.sum(axis=0)
+    print("| how | seconds | processor seconds |")
     print("|---|---:|---:|")
-    print(f"| one by one, {each} | {sum(alone):.1f} | {sum(alone) / together:.2f} |")
-    print(f"| one sweep | {together:.1f} | 1 |")
+    print(
+        f"| {len(alone)} runs one by one | {one_by_one[0]:.1f} | {one_by_one[1]:.1f} |"
+    )
+    print(f"| one sweep | {together[0]:.1f} | {together[1]:.1f} |")
+    ratio = one_by_one / together
+    print(f"| times faster | {ratio[0]:.2f} | {ratio[1]:.2f} |")
     print(f"\nLargest difference of their accuracies: {100 * gap:.2f} points")
 
 
