@@ -14,6 +14,7 @@ import rich.console
 from absl import app, flags
 
 from experiments import run
+from experiments.seeds import SEEDS
 from fedgen.runs import compare
 
 ALGORITHMS = flags.DEFINE_list(
@@ -22,28 +23,12 @@ ALGORITHMS = flags.DEFINE_list(
     "Algorithms to compare, the one of interest first; name:hyperparameter=value:... "
     "fixes some, so that variants of one algorithm can stand side by side.",
 )
-SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, counted from --seed.")
 GRID = flags.DEFINE_multi_string(
     "grid",
     [],
     "name=a,b,c: values to choose from on validation rows of the first seed, of a flag "
     "or, as algorithm.hyperparameter, of one algorithm; repeatable.",
 )
-
-
-def read_grid() -> dict[str, list[str]]:
-    """Collect `--grid`.
-
-    Raises:
-      ValueError: If one is not of the form name=a,b.
-    """
-    grid = {}
-    for text in GRID.value:
-        name, _, values = text.partition("=")
-        if not name or not values or "" in values.split(","):
-            raise ValueError(f"--grid must be name=a,b,c, got {text!r}")
-        grid[name] = values.split(",")
-    return grid
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,7 +40,10 @@ def main(argv: Sequence[str]) -> None:
             run.read_config(),
             ALGORITHMS.value,
             SEEDS.value,
-            read_grid(),
+            {
+                name: values.split(",")
+                for name, values in run.read_grid(GRID.value).items()
+            },
             folder,
             rich.console.Console(stderr=True),
         )

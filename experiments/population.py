@@ -29,6 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import run
+from experiments.seeds import SEEDS
 from fedgen import algorithms, models
 from fedgen.aggregators import diffusion
 from fedgen.algorithms.pfedgpa import fit_codec, init_learner, learn
@@ -43,7 +44,6 @@ from fedgen.runs import build, leg
 from fedgen.runs.config import Config
 
 GROUPS = flags.DEFINE_integer("groups", 4, "Label permutations among the clients.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, counted from --seed.")
 VARIANTS = flags.DEFINE_list(
     "variants",
     [

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
 from absl import app, flags
 
 from fedgen import algorithms
@@ -73,24 +74,46 @@ def read_config() -> Config:
     return Config(**values, hyperparameters=own)
 
 
+def read_grid(texts: Sequence[str]) -> dict[str, str]:
+    """Read what follows each `--grid`, name=a,b,c.
+
+    Raises:
+      ValueError: If one is not of that form, or a name comes twice.
+    """
+    grid = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if not name or "" in values.split(","):
+            raise ValueError(f"--grid must be name=a,b,c, got {text!r}")
+        if name in grid:
+            raise ValueError(f"--grid must have each name once, got {name} twice")
+        grid[name] = values
+    return grid
+
+
 def main(argv: Sequence[str]) -> None:
     """Run what the flags say."""
-    cache = {"compilation_cache": COMPILATION_CACHE.value}
 
     def work() -> None:
         if DRY_RUN.value:
-            experiment.dry_run(read_config(), WORKDIR.value, **cache)
+            experiment.dry_run(read_config(), WORKDIR.value)
         else:
-            experiment.run(read_config(), WORKDIR.value, resume=RESUME.value, **cache)
+            experiment.run(read_config(), WORKDIR.value, resume=RESUME.value)
 
-    guard(argv, work)
+    guard(argv, work, can_dry_run=True)
 
 
-def guard(argv: Sequence[str], work: Callable[[], object]) -> None:
+def guard(
+    argv: Sequence[str], work: Callable[[], object], *, can_dry_run: bool = False
+) -> None:
     """Do the work; exit with 2 for a wrong request, 1 for a failed training."""
     try:
         if len(argv) > 1:
             raise ValueError(f"flags begin with --, got {' '.join(argv[1:])}")
+        if DRY_RUN.value and not can_dry_run:
+            raise ValueError("dry_run is for one run, of experiments.run")
+        if not COMPILATION_CACHE.value:
+            jax.config.update("jax_enable_compilation_cache", False)
         # Where no accelerator is, JAX tells of every one that it looked for.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         execution.use_cores()

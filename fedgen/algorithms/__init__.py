@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import optax
 
 from fedgen.algorithms.ccvr import ccvr
@@ -143,6 +144,8 @@ def _declared(name: str) -> dict[str, tuple[tuple[type, ...], Any]]:
 
 
 def _convert(key: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    if float in kinds and isinstance(value, jax.core.Tracer):
+        return value  # one of a sweep's, which were converted before
     if type(None) in kinds and value in (None, "none"):
         return None
     (kind,) = (kind for kind in kinds if kind is not type(None))

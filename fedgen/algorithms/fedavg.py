@@ -133,6 +133,4 @@ def fedyogi(
 
 def _check_moments(server_learning_rate, b1, b2, eps) -> None:
     _options.check_positive(server_learning_rate=server_learning_rate, eps=eps)
-    for name, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value}")
+    _options.check_decay(b1=b1, b2=b2)

@@ -14,6 +14,7 @@ import optax
 
 from fedgen.algorithms import _options
 from fedgen.algorithms.fedavg import fedavg
+from fedgen.core import fit
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.fit import Schedule
 
@@ -40,4 +41,4 @@ def fedprox(
         gap = jax.tree.map(lambda w, w_t: w - w_t, params, global_params)
         return mu / 2 * optax.tree.norm(gap, squared=True)
 
-    return fedavg(optimizer, schedule, penalty=proximal if mu else None)
+    return fedavg(optimizer, schedule, penalty=proximal if fit.is_given(mu) else None)

@@ -123,7 +123,7 @@ def pfedgm(
     )
     if alternate and navigator == "frozen":
         raise ValueError("alternate must be false with the frozen navigator")
-    if separation and navigator in ("linear", "frozen"):
+    if fit.is_given(separation) and navigator in ("linear", "frozen"):
         raise ValueError(
             f"separation must be 0 with the {navigator} navigator, which has no "
             f"anchors to train, got {separation}"
@@ -175,13 +175,13 @@ def pfedgm(
         count = fit.class_counts(data, context.num_classes, schedule.batch_size)
         weight = _class_weights(count, resampling)  # w_c
         log_prior = jnp.log(count + prior_concentration)[None]
-        if pull:
+        if fit.is_given(pull):
             statistics = measure(context, server.body, data)
             target = _gaussian_head.personal_mean(belief, statistics, gain)
             target = jax.lax.stop_gradient(target)
             if pull_metric == "precision":
                 metric = jax.lax.stop_gradient(pull_precision(belief, statistics))
-        if generator:
+        if fit.is_given(generator):
             factor = jnp.linalg.cholesky(belief.within)
             seen = jnp.log(known)
 
@@ -196,16 +196,16 @@ def pfedgm(
             body, weights = trained
             z = context.model.embed({"body": body}, batch.x)
             total = shared(weights, z, batch.y, batch.mask, weight)
-            if pull:
+            if fit.is_given(pull):
                 gap = z - target[batch.y]
                 scaled = gap if pull_metric == "identity" else gap @ metric
                 gap = jnp.sum(scaled * gap, -1) / (2 * z.shape[-1])
                 # Without statistics of a class there is nothing to be pulled to yet.
                 gap = known[batch.y] * gap
                 total += pull * fit.masked_mean(gap, batch.mask)
-            if separation:
+            if fit.is_given(separation):
                 total -= separation * _mean_distance(weights)
-            if generator:
+            if fit.is_given(generator):
                 class_key, noise_key = jax.random.split(key)
                 y = jax.random.categorical(class_key, seen, shape=batch.y.shape)
                 noise = jax.random.normal(noise_key, z.shape) @ factor.T

@@ -167,8 +167,7 @@ def pfedgpa(
     _options.check_at_least(0, infinite=True, max_move=max_move)
     _options.check_at_least(-1, omega=omega)
     _options.check_share(rho=rho, gamma=gamma, eta=eta)
-    if not 0 <= decay < 1:  # At 1 the network that generates would never learn.
-        raise ValueError(f"decay must be in [0, 1), got {decay}")
+    _options.check_decay(decay=decay)  # At 1 the generating network never learns.
     _options.check_positive(denoiser_rate=denoiser_rate)
     if rank is not None:
         _options.check_at_least(1, rank=rank)

@@ -114,6 +114,11 @@ def _ceil_div(a: jax.Array, b: jax.Array | int) -> jax.Array:
     return (a + b - 1) // b
 
 
+def is_given(weight: jax.Array | float) -> bool:
+    """Tell whether a term of this weight takes part; a traced weight never is 0."""
+    return isinstance(weight, jax.core.Tracer) or weight != 0
+
+
 Loss = Callable[[Params, Batch, jax.Array], jax.Array]
 
 

@@ -89,6 +89,11 @@ def simulate(
 
 def check_finite(state: State, reports: Report, start: int) -> None:
     """Raise a `FloatingPointError` that names the round and the clients at fault."""
+    check_reported(jax.device_get(finite_leaves(state.server)), reports, start)
+
+
+def check_reported(finite: Any, reports: Report, start: int) -> None:
+    """Do as `check_finite`, given what `finite_leaves` tells of the server."""
     for i in range(reports.steps.shape[0]):
         bad = [k for k, v in reports.metrics.items() if not np.all(np.isfinite(v[i]))]
         failed = sorted({int(c) for c in reports.failed[i] if c >= 0})
@@ -99,7 +104,6 @@ def check_finite(state: State, reports: Report, start: int) -> None:
                 f"round {start + i + 1}: {', '.join(bad)} not finite"
                 + (f"; clients left out before: {failed}" if failed else "")
             )
-    finite = jax.device_get(_finite_leaves(state.server))
     for path, good in jax.tree_util.tree_leaves_with_path(finite):
         if not good:
             rounds = f"{start + 1} to {start + reports.steps.shape[0]}"
@@ -109,7 +113,7 @@ def check_finite(state: State, reports: Report, start: int) -> None:
 
 
 @jax.jit  # one program, not two for every shape
-def _finite_leaves(tree: Any) -> Any:
+def finite_leaves(tree: Any) -> Any:
     """Tell of every leaf whether all of it is finite, or not of floating point."""
 
     def finite(leaf):

@@ -14,7 +14,7 @@ from fedgen.core import execution, participation
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.execution import Execution
 from fedgen.core.federation import Federation
-from fedgen.core.fit import Schedule
+from fedgen.core.fit import Schedule, is_given
 from fedgen.core.participation import Sampler
 from fedgen.data import federate, partition, shift, sources
 from fedgen.data.partition import Split
@@ -120,9 +120,10 @@ def build_algorithm(config: Config, name: str) -> Algorithm:
 
 def local_training(config: Config) -> tuple[optax.GradientTransformation, Schedule]:
     """Return the run's local optimiser and schedule."""
+    momentum = config.momentum if is_given(config.momentum) else None
     optimizer = optax.chain(
         optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(config.learning_rate, momentum=config.momentum or None),
+        optax.sgd(config.learning_rate, momentum=momentum),
     )
     return optimizer, Schedule(
         config.batch_size, config.local_epochs, config.local_steps or None

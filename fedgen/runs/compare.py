@@ -188,7 +188,7 @@ def _candidates(
     for point in itertools.product(*axes.values()):
         chosen = dict(zip(axes, point, strict=True))
         settings = method.fixed | chosen
-        flags = {k: _typed(k, v) for k, v in settings.items() if k in OWN}
+        flags = {k: config_lib.typed(k, v) for k, v in settings.items() if k in OWN}
         own = {k: v for k, v in settings.items() if k not in OWN}
         yield (
             chosen,
@@ -200,16 +200,6 @@ def _candidates(
                 **flags,
             ),
         )
-
-
-def _typed(key: str, value: str) -> Any:
-    kind = type(getattr(Config(), key))
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{key} must be of type {kind.__name__}, got {value!r}"
-        ) from None
 
 
 def _check_grid(methods: Sequence[Method], grid: Grid) -> None:

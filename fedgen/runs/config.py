@@ -205,6 +205,21 @@ class Config:
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
 
 
+def typed(name: str, text: str) -> Any:
+    """Read the value of a flag.
+
+    Raises:
+      ValueError: If it is not of the flag's type.
+    """
+    kind = type(getattr(Config(), name))
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be of type {kind.__name__}, got {text!r}"
+        ) from None
+
+
 def nearest(what: str, name: str, known: Any) -> None:
     """Raise a `ValueError` that proposes the nearest known name, unless it is one."""
     if name not in known:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import pathlib
 import platform
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +28,6 @@ def run(
     *,
     resume: bool = False,
     console: rich.console.Console | None = None,
-    compilation_cache: bool = True,
 ) -> dict[str, Any]:
     """Train, compare and write everything under the run's folder.
 
@@ -39,8 +36,6 @@ def run(
       folder: Where to; None chooses a new folder under `runs/`.
       resume: Continue what the folder holds instead of refusing it.
       console: Where progress and the table go.
-      compilation_cache: Whether to reuse, and keep, compiled programs beside the
-        run's folder.
 
     Returns:
       The content of summary.json, and `workdir`.
@@ -52,7 +47,7 @@ def run(
     console = console or rich.console.Console()
     config.check()
     path = workdir.claim(config, folder, resume)
-    with _compiled_programs(path, compilation_cache) as keep:
+    with compiling.cached(workdir.programs(path)) as keep:
         setup, legs = _prepare(config, path, console)
         keep()
         summary = _train(config, path, setup, legs, console)
@@ -65,7 +60,6 @@ def dry_run(
     folder: str | None = None,
     *,
     console: rich.console.Console | None = None,
-    compilation_cache: bool = True,
 ) -> budget.Budget:
     """Tell what a run will take, from its shapes and one round; nothing is written.
 
@@ -73,7 +67,6 @@ def dry_run(
       config: What the run would do.
       folder: Where the run would go.
       console: Where the table goes.
-      compilation_cache: Whether the run would reuse compiled programs.
 
     Raises:
       ValueError: If the run would be refused.
@@ -81,20 +74,11 @@ def dry_run(
     console = console or rich.console.Console()
     config.check()
     path = workdir.claim(config, folder, resume=False)
-    with _compiled_programs(path, compilation_cache):
+    with compiling.cached(workdir.programs(path)):
         setup, legs = _prepare(config, path, console)
         told = budget.tell(legs, setup, config)
     console.print(budget.to_table(told))
     return told
-
-
-def _compiled_programs(
-    path: pathlib.Path, reuse: bool
-) -> contextlib.AbstractContextManager[Callable[[], None]]:
-    """Reuse what runs beside this one compiled, if that is wanted."""
-    if not reuse:
-        return contextlib.nullcontext(lambda: None)
-    return compiling.cached(path.parent / ".jax_cache")
 
 
 def _prepare(

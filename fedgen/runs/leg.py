@@ -33,7 +33,7 @@ from fedgen.runs.build import Setup
 from fedgen.runs.config import Config
 
 Line = dict[str, Any]
-_SHORT = 8  # rounds, which are over sooner if they are compiled quickly
+SHORT = 8  # rounds, which are over sooner if they are compiled quickly
 
 
 class Leg(NamedTuple):
@@ -71,8 +71,7 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
     init = rounds.make_init(algorithm, execution)
     like = _place(jax.eval_shape(init, init_key, federation), execution)
     round_fn = rounds.make_round(algorithm, setup.sampler, execution)
-    length = math.gcd(config.eval_every, config.checkpoint_every or config.eval_every)
-    length = min(length, config.rounds)
+    length = block_length(config)
     block = simulate.make_block(round_fn, length, execution)
     block = compile_ahead(
         block,
@@ -80,15 +79,10 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
         federation,
         round_key,
         jnp.int32(length),
-        quick=config.rounds <= _SHORT,
+        quick=config.rounds <= SHORT,
     )
     check_memory(name, block, execution.num_devices)
-    scored = config.eval_clients and participation.uniform(
-        config.eval_clients / config.num_clients
-    )
-    evaluate = jax.jit(
-        evaluate_lib.make_evaluate(algorithm, execution, sampler=scored or None)
-    )
+    evaluate = jax.jit(make_evaluate(algorithm, execution, config))
     evaluate = compile_ahead(evaluate, like, federation, round_key, quick=True)
     check_memory(name, evaluate, execution.num_devices)
     init = compile_ahead(init, init_key, federation, quick=True)
@@ -103,6 +97,16 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
         length,
         time.perf_counter() - start,
     )
+
+
+def make_evaluate(
+    algorithm: Algorithm, execution: Execution, config: Config
+) -> evaluate_lib.EvaluateFn:
+    """Build the evaluation of all clients, or of as many as the flags ask for."""
+    sampler = None
+    if config.eval_clients:
+        sampler = participation.uniform(config.eval_clients / config.num_clients)
+    return evaluate_lib.make_evaluate(algorithm, execution, sampler=sampler)
 
 
 def restore(
@@ -186,7 +190,7 @@ def train(
                 if last or done % config.eval_every == 0:
                     clock.lap("steady")
                     evaluation = leg.evaluate(state, setup.federation, evaluate_key)
-                    new[-1] |= _evaluation_line(leg.algorithm, evaluation, done)
+                    new[-1] |= evaluation_line(leg.algorithm, evaluation, done)
                     clock.lap("evaluation")
                 workdir.append_lines(metrics, new)
                 lines += new
@@ -209,7 +213,7 @@ def train(
             evaluation = leg.evaluate(state, setup.federation, evaluate_key)
             jax.block_until_ready(evaluation)
             clock.lap("evaluation")
-    summary = _summarise(leg, config, lines, evaluation)
+    summary = summarise(leg, config, lines, evaluation)
     summary["seconds"] = {
         "compile": leg.compile_seconds + setup_seconds,
         **clock.seconds,
@@ -263,7 +267,13 @@ def _begin(
     return state, lines, seconds
 
 
-def run_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def block_length(config: Config) -> int:
+    """Return the rounds of a block, which ends wherever the host looks in."""
+    length = math.gcd(config.eval_every, config.checkpoint_every or config.eval_every)
+    return min(length, config.rounds)
+
+
+def run_keys(seed: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the keys of initialisation, rounds and evaluation."""
     return tuple(jax.random.split(jax.random.key(seed), 3))
 
@@ -370,7 +380,12 @@ def _with_clients(per_client: np.ndarray) -> dict[str, Any]:
     return {**spread(per_client), "per_client": listed}
 
 
-def _evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) -> Line:
+def evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) -> Line:
+    """Turn the evaluation after a round into a part of the round's line.
+
+    Raises:
+      FloatingPointError: If the loss of a client's own model is not finite.
+    """
     validation, test, ids = jax.device_get(evaluation)
     bad = ids[~np.isfinite(validation.loss + test.loss)]
     if bad.size:
@@ -389,9 +404,10 @@ def _evaluation_line(algorithm: Algorithm, evaluation: Evaluation, done: int) ->
     }
 
 
-def _summarise(
+def summarise(
     leg: Leg, config: Config, lines: list[Line], evaluation: Evaluation
 ) -> dict[str, Any]:
+    """Sum up the lines of a run and its last evaluation."""
     _, test, ids = jax.device_get(evaluation)
     received = _received_accuracy(leg.algorithm, test)
     evaluated = [line for line in lines if "personal_accuracy" in line]

@@ -247,6 +247,38 @@ def client_gains(summary: Mapping[str, Any], path: Path) -> Path:
         return _save(figure, path)
 
 
+def grid(rows: Sequence[Mapping[str, Any]], best: int | None, path: Path) -> Path:
+    """Draw the accuracy at every point of a grid, each seed and their mean.
+
+    Args:
+      rows: Of a sweep's `sweep.json`.
+      best: Which of them validation chose, if any.
+      path: Where to write the PNG.
+
+    Returns:
+      The path.
+    """
+    names = [
+        ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+        for row in rows
+    ]
+    with style.context(_STYLE):
+        height = min(1.0 + 0.25 * len(rows), 30.0)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        for i, row in enumerate(rows):
+            colour = _GAIN if i == best else _INK
+            seeds = 100 * np.array(row["personal_accuracy"]["per_seed"], np.float64)
+            axes.plot(seeds, np.full(seeds.size, i), "o", color=colour, alpha=0.4)
+            if seeds.size:  # none if one diverged
+                axes.plot(seeds.mean(), i, "|", color=colour, markersize=12)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), names)
+        axes.grid(axis="x")
+        axes.set_xlabel("test accuracy (%) by seed, mean |; blue: best on validation")
+        return _save(figure, path)
+
+
 def partition(counts: np.ndarray, path: Path) -> Path:
     """Draw how many training samples of each class every client holds.
 

@@ -14,7 +14,9 @@ from fedgen.runs import config as config_lib
 from fedgen.runs.config import Config
 
 
-def claim(config: Config, folder: str | None, resume: bool) -> pathlib.Path:
+def claim(
+    config: Config, folder: str | None, resume: bool, record: str = "config.json"
+) -> pathlib.Path:
     """Choose the folder of a run; nothing is written yet.
 
     Args:
@@ -22,6 +24,7 @@ def claim(config: Config, folder: str | None, resume: bool) -> pathlib.Path:
       folder: `--workdir`; None chooses a new one under `runs/`, or, with `resume`,
         the newest one there of the same configuration.
       resume: Whether to continue what the folder holds.
+      record: The file that says what the folder holds.
 
     Raises:
       ValueError: If the folder holds another configuration, holds this one and
@@ -29,12 +32,12 @@ def claim(config: Config, folder: str | None, resume: bool) -> pathlib.Path:
     """
     path = pathlib.Path(folder) if folder is not None else _choose(config, resume)
     _check_place(path)
-    stored = _stored(path)
+    stored = _stored(path / record)
     if stored is None:
-        if path.exists() and any(path.iterdir()) and not _unfinished(path):
+        if path.exists() and any(path.iterdir()) and not _unfinished(path, record):
             raise ValueError(
-                f"workdir {path} holds files but no config.json of a run; name an "
-                "empty or a new folder"
+                f"workdir {path} holds files but no {record} of a run; name an empty "
+                "or a new folder"
             )
         return path
     devices = config.devices or min(stored["devices"], len(jax.devices()))
@@ -64,6 +67,11 @@ def recorded(config: Config, path: pathlib.Path) -> Config:
         devices=was["devices"],
         chunk=was.get("chunk", config.chunk),
     )
+
+
+def programs(path: pathlib.Path) -> pathlib.Path:
+    """Return where the compiled programs of a run and its neighbours are kept."""
+    return path.parent / ".jax_cache"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -104,8 +112,7 @@ def append_lines(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def _stored(path: pathlib.Path) -> dict[str, Any] | None:
-    file = path / "config.json"
+def _stored(file: pathlib.Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
@@ -114,7 +121,7 @@ def _stored(path: pathlib.Path) -> dict[str, Any] | None:
         # Clients are dealt to devices, so a state only fits as many as it had.
         stored["devices"] = content["environment"]["devices"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not the config.json of a run: {error!r}") from None
+        raise ValueError(f"{file} is not the {file.name} of a run: {error!r}") from None
     return stored
 
 
@@ -129,9 +136,9 @@ def _check_place(path: pathlib.Path) -> None:
         raise ValueError(f"workdir must be writable, got {path}: {place} is not")
 
 
-def _unfinished(path: pathlib.Path) -> bool:
-    """Tell whether a run was killed before its config.json was in place."""
-    return all(file.name == "config.json.partial" for file in path.iterdir())
+def _unfinished(path: pathlib.Path, record: str) -> bool:
+    """Tell whether a run was killed before its record was in place."""
+    return all(file.name == f"{record}.partial" for file in path.iterdir())
 
 
 def _choose(config: Config, resume: bool) -> pathlib.Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments.benchmarks import aggregators
+from experiments.benchmarks import aggregators, sweep
 
 
 @flagsaver.flagsaver
@@ -58,3 +60,28 @@ def test_a_loop_over_some_clients_counts_for_all():
 def test_sides_that_disagree_are_refused():
     with pytest.raises(AssertionError, match="loop"):
         aggregators.measure(toy(wrong=0.1), 1, 4)
+
+
+def test_a_sweep_is_held_against_the_same_runs(tmp_path, monkeypatch):
+    accuracies = iter((0.5, 0.6, 0.7, 0.8))
+
+    def launch(module, *args):
+        given = dict(arg.lstrip("-").split("=", 1) for arg in args)
+        place = tmp_path / given["workdir"]
+        place.mkdir()
+        if module == "experiments.run":
+            mean = {"personal_accuracy": {"mean": next(accuracies)}}
+            (place / "summary.json").write_text(json.dumps(mean))
+            return np.array([6.0, 9.0])
+        assert given["seeds"] == "2" and given["grid"] == "learning_rate=0.1,1"
+        found = ([0.5, 0.6], [0.7, 0.9])
+        rows = [{"personal_accuracy": {"per_seed": each}} for each in found]
+        (place / "sweep.json").write_text(json.dumps({"rows": rows}))
+        return np.array([8.0, 9.0])
+
+    monkeypatch.setattr(sweep, "launch", launch)
+    alone, together, gap = sweep.measure([], ["0.1", "1"], 2, tmp_path)
+    np.testing.assert_array_equal(alone.sum(axis=0) / together, [3, 4])
+    np.testing.assert_allclose(gap, 0.1)
+    folders = {f"{rate}-{seed}" for rate, seed in itertools.product(("0.1", "1"), "01")}
+    assert {path.name for path in tmp_path.iterdir()} == {*folders, "sweep"}

@@ -277,7 +277,7 @@ def test_flags_reach_the_experiment(monkeypatch, tmp_path):
     )
     code, error = invoke("--resume", f"--workdir={tmp_path}", "--chunk=2")
     assert (code, error) == (0, "")
-    options = {"resume": True, "compilation_cache": True}
+    options = {"resume": True}
     assert asked == [((Config(chunk=2), str(tmp_path)), options)]
 
 

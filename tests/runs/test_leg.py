@@ -194,7 +194,7 @@ def test_the_best_round_is_chosen_on_validation_and_ties_go_to_the_first(case):
     ):
         line["validation_accuracy"] = validation
         line["personal_accuracy"] = {"mean": test}
-    summary = leg._summarise(case.leg, case.config, lines, some_scores())
+    summary = leg.summarise(case.leg, case.config, lines, some_scores())
     assert summary["best_round"] == 4
     assert summary["best"]["personal_accuracy"] == {"mean": 0.2}
 
@@ -227,7 +227,7 @@ def some_scores():
 
 
 def test_clients_without_test_rows_are_null_and_do_not_count(case):
-    summary = leg._summarise(case.leg, case.config, case.result.lines, some_scores())
+    summary = leg.summarise(case.leg, case.config, case.result.lines, some_scores())
     accuracy = summary["personal_accuracy"]
     assert accuracy["per_client"] == [0.5, None, 1.0]
     assert accuracy["mean"] == 0.75 and accuracy["worst_decile"] == 0.5
@@ -236,19 +236,19 @@ def test_clients_without_test_rows_are_null_and_do_not_count(case):
 
 def test_models_as_received_are_summed_up_where_an_algorithm_has_them(case):
     without = case.leg._replace(algorithm=case.leg.algorithm._replace(receive=None))
-    summary = leg._summarise(without, case.config, case.result.lines, some_scores())
+    summary = leg.summarise(without, case.config, case.result.lines, some_scores())
     assert summary["received_accuracy"] is None
     assert (
-        leg._evaluation_line(without.algorithm, some_scores(), 1)["received_accuracy"]
+        leg.evaluation_line(without.algorithm, some_scores(), 1)["received_accuracy"]
         is None
     )
 
     algorithm = case.leg.algorithm._replace(receive=lambda *args: None)
     with_one = case.leg._replace(algorithm=algorithm)
-    summary = leg._summarise(with_one, case.config, case.result.lines, some_scores())
+    summary = leg.summarise(with_one, case.config, case.result.lines, some_scores())
     assert summary["received_accuracy"]["per_client"] == [0.1, None, 0.5]
     assert summary["received_accuracy"]["mean"] == pytest.approx(0.3)
-    line = leg._evaluation_line(algorithm, some_scores(), 1)
+    line = leg.evaluation_line(algorithm, some_scores(), 1)
     assert line["received_accuracy"] == pytest.approx(0.3)
 
 
