@@ -59,9 +59,10 @@ def recorded(config: Config, path: pathlib.Path) -> Config:
 
     Chunk and devices decide how sums are rounded; a resumed run must not choose anew.
     """
-    if _stored(path) is None:
+    record = path / "config.json"
+    if _stored(record) is None:
         return config
-    was = json.loads((path / "config.json").read_text())["environment"]
+    was = json.loads(record.read_text())["environment"]
     return dataclasses.replace(
         config,
         devices=was["devices"],

@@ -50,7 +50,7 @@ def test_sizes_are_those_of_the_arrays(told):
     assert found.estimates["fedper"].server == body
     for each in found.estimates.values():
         pool = tree.num_bytes(setup.federation.pool)
-        assert pool <= each.pool <= pool + 4 * (480 + 7 * clients)
+        assert pool <= each.pool <= pool + 4 * (480 + 8 * clients)
         assert each.chunk > body and each.evaluation > 0
     assert found.estimates["fedper"].bytes_down == 3 * body
     assert found.estimates["fedper"].bytes_up == 3 * (body + 4)

@@ -204,7 +204,7 @@ def test_a_subset_of_the_clients_is_scored_as_among_all(case):
     some = leg.prepare("fedper", case.leg.algorithm, case.setup, config)
     arguments = case.leg.init(), case.setup.federation, leg.run_keys(config.seed)[2]
     whole, part = (
-        leg._summarise(each, setting, [], each.evaluate(*arguments))
+        leg.summarise(each, setting, [], each.evaluate(*arguments))
         for each, setting in ((case.leg, case.config), (some, config))
     )
     assert whole["evaluated_clients"] is None
