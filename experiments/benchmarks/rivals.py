@@ -26,6 +26,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import signal
 import statistics
@@ -430,7 +431,7 @@ def to_markdown(
             label += f" (SCALED from {cell.scaled} clients)"
         columns = [
             label,
-            _spread(cell.seconds),
+            spread(cell.seconds),
             _versus(cell, cells[0]),
             f"{steps / middle:,.0f}",
             f"{rate:,.0f}",
@@ -454,7 +455,7 @@ def _versus(cell: Cell, fedgen: Cell) -> str:
         return ""
     each = ratios(cell, fedgen)
     # A rival wins if it was faster each time.
-    return _spread(each) + (" **wins**" if max(each) < 1 else "")
+    return spread(each) + (" **wins**" if max(each) < 1 else "")
 
 
 def _accuracy(cell: Cell, points: dict[int, float]) -> str:
@@ -464,13 +465,14 @@ def _accuracy(cell: Cell, points: dict[int, float]) -> str:
     return f"{cell.accuracy:.2f} {'ok' if same else '**differs**'}"
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Write the median and the range."""
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def describe_machine() -> dict[str, Any]:
-    """Tell where and when it was measured."""
+def describe_machine(script: str) -> dict[str, Any]:
+    """Tell where, when and by which command it was measured."""
     model = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -479,7 +481,9 @@ def describe_machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {model}",
         "python": platform.python_version(),
-        "command": " ".join(["python -m experiments.benchmarks.rivals", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", f"experiments.benchmarks.{script}", *sys.argv[1:]]
+        ),
     }
 
 
@@ -500,7 +504,7 @@ def main(argv: Sequence[str]) -> None:
     found = {venv: install(venv, pathlib.Path(FLAGS.venvs)) for venv in venvs}
     pythons, errors = ({v: pair[i] for v, pair in found.items()} for i in (0, 1))
 
-    everything = {**describe_machine(), "workloads": {}}
+    everything = {**describe_machine("rivals"), "workloads": {}}
     print(json.dumps(everything, indent=1), file=sys.stderr)
     for name in FLAGS.workloads:
         workload = workloads.WORKLOADS[name]

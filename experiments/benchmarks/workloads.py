@@ -25,7 +25,7 @@ from experiments.benchmarks.adapters import jax_nets
 from fedgen import models
 from fedgen.algorithms.fedavg import fedavg
 from fedgen.core import participation, rounds
-from fedgen.core.algorithm import Algorithm, Mean
+from fedgen.core.algorithm import Algorithm
 from fedgen.core.execution import Execution
 from fedgen.core.federation import Federation, Model, Pool, Rows
 from fedgen.core.fit import Schedule

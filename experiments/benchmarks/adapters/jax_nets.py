@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+Padding = str | Sequence[tuple[int, int]]
 STAGES = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
+def convolve(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+) -> jax.Array:
     """Convolve by XLA's own operation."""
     dims = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
@@ -21,11 +24,14 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.
 
 
 def convolve_slices(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: str
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
 ) -> jax.Array:
     """Convolve by static slices and one matrix product: faster in loops on a CPU."""
     high, wide, channels, features = kernel.shape
-    pads = lax.padtype_to_pads(x.shape[1:3], (high, wide), (stride, stride), padding)
+    pads = padding
+    if isinstance(padding, str):
+        size, strides = x.shape[1:3], (stride, stride)
+        pads = lax.padtype_to_pads(size, (high, wide), strides, padding)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     rows = (x.shape[1] - high) // stride + 1
     columns = (x.shape[2] - wide) // stride + 1
@@ -52,18 +58,20 @@ def forward(
     def dense(x, at):
         return x @ params[f"{at}/kernel"] + params[f"{at}/bias"].reshape(1, -1)
 
-    def hidden(x):
-        return jax.nn.relu(dense(x.reshape(x.shape[0], -1), "body/Dense_0"))
+    def hidden(x, activation=jax.nn.relu):
+        return activation(dense(x.reshape(x.shape[0], -1), "body/Dense_0"))
 
     if model == "mlp":
         z = hidden(x)
     elif model == "cnn":
-        z = hidden(
-            _pool(
-                conv(_pool(conv(x, "body/ConvPool_0"), jax.nn.relu), "body/ConvPool_1"),
-                jax.nn.relu,
-            )
-        )
+        for i in range(2):
+            x = _pool(conv(x, f"body/ConvPool_{i}"), jax.nn.relu)
+        z = hidden(x)
+    elif model == "small_cnn":
+        for i, padding in enumerate(("VALID", ((1, 1), (1, 1)), ((1, 1), (1, 1)))):
+            y = conv(x, f"body/ConvPool_{i}", padding=padding)
+            x = _pool(y, jax.nn.leaky_relu)
+        z = hidden(x, jax.nn.leaky_relu)
     elif model == "pfl_cnn":
         x = jax.nn.relu(conv(x, "body/Conv_0", padding="VALID"))
         z = hidden(_pool(conv(x, "body/ConvPool_0", padding="VALID"), jax.nn.relu))
