@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
@@ -76,8 +75,7 @@ def measure(
     """Time rounds and evaluations with several chunks, by turns."""
     mesh = execution.make_mesh(len(jax.devices()))
     federation = execution.place(problem.federation, mesh)
-    (cohort,) = federation.cohorts
-    width = cohort.num_clients // len(jax.devices())
+    width = federation.cohorts[0].num_clients // len(jax.devices())
     own = execution.default_chunk() or width
     ways: dict[tuple[str, int], Callable[[], Any]] = {}
     for chunk in sorted({own, *(c for c in chunks if c <= width)}):
@@ -91,12 +89,7 @@ def measure(
             jax.block_until_ready(run())
             if turn:  # the first compiles
                 seconds[way].append(time.perf_counter() - start)
-    shape = (workload.batch_size, *problem.federation.pool.x.shape[1:])
-    params = workloads.flatten(cohort.model.init(problem.init_key))
-    step = workloads.step_flops(
-        workload.model, params, jax.ShapeDtypeStruct(shape, jnp.float32)
-    )
-    flops = {"round": workload.clients * workload.steps * step, "evaluation": 0}
+    flops = {"round": workloads.round_flops(workload, problem), "evaluation": 0}
     return [
         Row(
             workload.model,

@@ -46,6 +46,7 @@ from absl import app, flags
 from experiments.benchmarks import workloads
 from experiments.benchmarks.adapters import jax_nets
 from experiments.benchmarks.workloads import Problem, Workload
+from fedgen.core.federation import normalise
 
 FLAGS = flags.FLAGS
 ADAPTERS = pathlib.Path(__file__).parent / "adapters"
@@ -160,7 +161,8 @@ class Cell(NamedTuple):
       peak_bytes: Most memory of any repetition.
       accuracy: After the last round; None where only a subset ran.
       versions: Of its packages.
-      scaled: Of how many clients its times are; 0 if of all.
+      present: How many clients it was given, 0 for all of them.
+      scaled: By how much its times were multiplied to stand for all.
       error: Why there is nothing.
     """
 
@@ -171,7 +173,8 @@ class Cell(NamedTuple):
     peak_bytes: int = 0
     accuracy: float | None = None
     versions: dict[str, str] | None = None
-    scaled: int = 0
+    present: int = 0
+    scaled: float = 1.0
     error: str = ""
 
 
@@ -308,32 +311,37 @@ def measure_peak(pythons: dict[str, str]) -> float:
 
 def score(workload: Workload, problem: Problem, params: dict[str, Any]) -> float:
     """Return the accuracy on the samples kept for the test, in percent."""
-    pool = problem.federation.pool
+    x, y = (np.asarray(array)[problem.test] for array in problem.federation.pool)
 
     @jax.jit
-    def hits(params, rows):
-        x = pool.x[rows]
-        x = x / 127.5 - 1 if pool.x.dtype == jnp.uint8 else x
-        logits = jax_nets.forward(workload.model, params, x)
-        return jnp.sum(jnp.argmax(logits, -1) == pool.y[rows])
+    def hits(params, x, y):
+        logits = jax_nets.forward(workload.model, params, normalise(x))
+        return jnp.sum(jnp.argmax(logits, -1) == y)
 
-    parts = np.array_split(problem.test, -(-len(problem.test) // 500))
-    return 100 * sum(int(hits(params, rows)) for rows in parts) / len(problem.test)
+    parts = range(0, len(y), 500)
+    right = sum(int(hits(params, x[i : i + 500], y[i : i + 500])) for i in parts)
+    return 100 * right / len(y)
 
 
 def measure(
     workload: Workload,
+    problem: Problem,
     rivals: Sequence[str],
     pythons: dict[str, str],
     errors: dict[str, str],
     subset: dict[str, int],
-) -> list[Cell]:
-    """Run all rivals on a workload, by turns."""
+) -> tuple[list[Cell], dict[int, float]]:
+    """Run all rivals on a workload, by turns.
+
+    Returns:
+      Their cells, and the reference's accuracy by the number of clients present.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in rivals}
     with tempfile.TemporaryDirectory() as folder:
-        problems, paths = {}, {}
+        problems, paths = {FLAGS.clients: problem}, {}
         for count in {subset.get(name, FLAGS.clients) for name in rivals}:
-            problems[count] = workloads.load(workload, FLAGS.data_dir, count)
+            if count not in problems:
+                problems[count] = workloads.load(workload, FLAGS.data_dir, count)
             paths[count] = pathlib.Path(folder, f"{count}.npz")
             workloads.write(paths[count], problems[count], workload, FLAGS.rounds)
         for turn in range(FLAGS.repeats):
@@ -352,17 +360,28 @@ def measure(
                 runs[name].append(run)
                 what = run.error or f"{statistics.median(run.rounds[1:]):.4g} s a round"
                 print(f"{turn + 1}/{FLAGS.repeats} {name}: {what}", file=sys.stderr)
+        # A subset has a reference of its own, which nobody times.
+        points = {}
+        for count, path in paths.items():
+            run = (
+                runs[REFERENCE][-1]
+                if count == FLAGS.clients
+                else run_once(RIVALS[REFERENCE], sys.executable, path, FLAGS.timeout)
+            )
+            if not run.error:
+                points[count] = score(workload, problem, run.params)
     everybody = workload.participants or workload.clients
-    return [
+    cells = [
         summarise(
             name,
             runs[name],
             subset.get(name, FLAGS.clients),
             everybody,
-            lambda params: score(workload, problems[FLAGS.clients], params),
+            lambda params: score(workload, problem, params),
         )
         for name in rivals
     ]
+    return cells, points
 
 
 def summarise(
@@ -384,8 +403,7 @@ def summarise(
     if error := next((run.error for run in runs if run.error), ""):
         return Cell(name, error=error)
     seconds = [statistics.median(run.rounds[1:]) for run in runs]
-    shared = min(present or everybody, everybody)
-    factor = everybody / shared
+    factor = everybody / min(present or everybody, everybody)
     return Cell(
         name,
         tuple(s * factor for s in seconds),
@@ -396,7 +414,8 @@ def summarise(
         max(run.peak_bytes for run in runs),
         score(runs[-1].params),
         runs[-1].versions,
-        shared if factor > 1 else 0,
+        present,
+        factor,
     )
 
 
@@ -413,7 +432,7 @@ def to_markdown(
       round_flops: Arithmetic of a round.
       steps: Local steps of all clients of a round.
       peak: Highest GFLOP/s of a matrix product.
-      points: Accuracy of the reference, by the number of clients that ran.
+      points: Accuracy of the reference, by the number of clients present.
     """
     lines = [
         "| simulator | s a round | times fedgen's | steps/s | GFLOP/s | of peak | "
@@ -427,8 +446,8 @@ def to_markdown(
             continue
         middle = statistics.median(cell.seconds)
         rate = round_flops / middle / 1e9
-        if cell.scaled:
-            label += f" (SCALED from {cell.scaled} clients)"
+        if cell.scaled > 1:
+            label += f" (SCALED from {cell.present} clients)"
         columns = [
             label,
             spread(cell.seconds),
@@ -459,9 +478,9 @@ def _versus(cell: Cell, fedgen: Cell) -> str:
 
 
 def _accuracy(cell: Cell, points: dict[int, float]) -> str:
-    if cell.scaled not in points:
+    if cell.present not in points:
         return f"{cell.accuracy:.2f}, no reference"
-    same = abs(cell.accuracy - points[cell.scaled]) <= POINTS
+    same = abs(cell.accuracy - points[cell.present]) <= POINTS
     return f"{cell.accuracy:.2f} {'ok' if same else '**differs**'}"
 
 
@@ -480,6 +499,7 @@ def describe_machine(script: str) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {model}",
+        "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "command": shlex.join(
             ["python", "-m", f"experiments.benchmarks.{script}", *sys.argv[1:]]
@@ -508,20 +528,12 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(everything, indent=1), file=sys.stderr)
     for name in FLAGS.workloads:
         workload = workloads.WORKLOADS[name]
+        problem = workloads.load(workload, FLAGS.data_dir, FLAGS.clients)
         before = measure_peak(pythons)
-        cells = measure(workload, chosen, pythons, errors, subset)
+        cells, points = measure(workload, problem, chosen, pythons, errors, subset)
         peak = max(before, measure_peak(pythons))
-        problem = workloads.load(workload, FLAGS.data_dir, 1)
-        shape = (workload.batch_size, *problem.federation.pool.x.shape[1:])
-        params = workloads.flatten(
-            problem.federation.cohorts[0].model.init(problem.init_key)
-        )
+        flops = workloads.round_flops(workload, problem)
         steps = (workload.participants or workload.clients) * workload.steps
-        flops = steps * workloads.step_flops(
-            workload.model, params, jax.ShapeDtypeStruct(shape, jnp.float32)
-        )
-        known = next(cell for cell in cells if cell.rival == REFERENCE)
-        points = {} if known.error else {known.scaled: known.accuracy}
         print(
             f"\n{name}: {workload}\n{flops / 1e9:,.1f} GFLOP a round, peak {peak:.0f}"
         )

@@ -255,13 +255,10 @@ def read(path: str | pathlib.Path) -> tuple[Workload, Problem]:
     return workload, assemble(present, source, order, size, test)
 
 
-def flatten(params: Any) -> dict[str, np.ndarray]:
+def flatten(params: Any) -> dict[str, Any]:
     """Name every leaf of a tree by its path, as `body/Dense_0/kernel`."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {
-        "/".join(str(key.key) for key in path): np.asarray(leaf)
-        for path, leaf in leaves
-    }
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 def step_flops(model: str, params: dict[str, Any], x: jax.ShapeDtypeStruct) -> int:
@@ -287,3 +284,12 @@ def step_flops(model: str, params: dict[str, Any], x: jax.ShapeDtypeStruct) -> i
             kernel = equation.invars[1].aval
             macs.append(out.aval.size * kernel.size // kernel.shape[-1])
     return 2 * (3 * sum(macs) - macs[0])
+
+
+def round_flops(workload: Workload, problem: Problem) -> int:
+    """Count the arithmetic of a round of the whole workload."""
+    shape = (workload.batch_size, *problem.federation.pool.x.shape[1:])
+    (cohort,) = problem.federation.cohorts
+    params = flatten(jax.eval_shape(cohort.model.init, problem.init_key))
+    step = step_flops(workload.model, params, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return (workload.participants or workload.clients) * workload.steps * step

@@ -162,10 +162,10 @@ def test_plain_networks_are_those_of_fedgen(name, shape):
         )
 
 
-def count(name: str, shape: tuple[int, ...], batch: int) -> int:
-    model = workloads.build_model(name, shape, 10)
+def step_flops(name: str) -> int:
+    model = workloads.build_model(name, (28, 28, 1), 10)
     params = workloads.flatten(jax.eval_shape(model.init, jax.random.key(0)))
-    x = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    x = jax.ShapeDtypeStruct((32, 28, 28, 1), jnp.float32)
     return workloads.step_flops(name, params, x)
 
 
@@ -173,17 +173,22 @@ def test_arithmetic_is_counted_as_by_hand():
     # Two multiply-adds a weight and sample forwards and for its gradient, a third
     # for the gradient of a layer's input, which the first layer does not need.
     mlp = 2 * 32 * (2 * 784 * 200 + 3 * 200 * 10)
-    assert count("mlp", (28, 28, 1), 32) == mlp
+    assert step_flops("mlp") == mlp
     convolutions = 2 * 28 * 28 * 25 * 32 + 3 * 14 * 14 * 25 * 32 * 64
     dense = 3 * (3136 * 512 + 512 * 10)
-    assert count("cnn", (28, 28, 1), 32) == 2 * 32 * (convolutions + dense)
+    assert step_flops("cnn") == 2 * 32 * (convolutions + dense)
+
+
+def test_the_arithmetic_of_a_round_is_that_of_its_participants(problem):
+    one = 2 * 3 * (2 * 784 * 200 + 3 * 200 * 10)
+    assert workloads.round_flops(TINY, problem) == 2 * 2 * one
 
 
 CELLS = [
     rivals.Cell("fedgen", (1.0, 2.0, 4.0), (3.0,) * 3, (5.0,) * 3, 2**20, 70.0),
     rivals.Cell("jax", (2.0, 3.0, 4.0), (1.0,) * 3, (0.5,) * 3, 2**21, 70.2),
     rivals.Cell("torch", (0.5, 1.0, 3.0), (1.0,) * 3, (0.0,) * 3, 2**21, 71.0),
-    rivals.Cell("vmap", (8.0,) * 3, (1.0,) * 3, (0.0,) * 3, 2**21, 9.0, None, 2),
+    rivals.Cell("vmap", (8.0,) * 3, (1.0,) * 3, (0.0,) * 3, 2**21, 9.0, None, 2, 50.0),
     rivals.Cell("flower", error="not installed: no such package"),
 ]
 
@@ -205,7 +210,7 @@ def test_repetitions_become_a_cell():
     run = rivals.Run(2.0, (5.0, 1.0, 3.0, 2.0), 7, {}, {})
     cell = rivals.summarise("jax", [run, run._replace(peak_bytes=9)], 2, 10, len)
     # The median of the rounds but the first, of 2 clients for 10.
-    assert cell.seconds == (10.0, 10.0) and cell.scaled == 2
+    assert cell.seconds == (10.0, 10.0) and (cell.present, cell.scaled) == (2, 5)
     assert cell.compile == (3.0, 3.0) and cell.start == (2.0, 2.0)
     assert cell.peak_bytes == 9 and cell.accuracy == 0
     failed = rivals.summarise("jax", [run, rivals.Run(error="no")], 0, 10, len)
@@ -294,7 +299,9 @@ def test_the_engine_is_timed_with_every_chunk(problem):
         ("evaluation", 1),
     ]
     assert [row.own for row in rows] == [False, True, False, True]
-    slow, fast = (row._replace(seconds=(s,)) for row, s in zip(rows, (4.0, 2.0)))
+    slow, fast = (
+        row._replace(seconds=(s,)) for row, s in zip(rows[:2], (4.0, 2.0), strict=True)
+    )
     table = engine.to_markdown([slow, fast], 1.0).splitlines()
     assert table[2].endswith("| 2.00 |") and table[3].endswith("| 1.00 |")
     assert "1 (own)" in table[3]
