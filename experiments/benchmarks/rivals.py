@@ -105,7 +105,9 @@ RIVALS = {
     "fedjax-pmap": Rival("FedJAX, `pmap`", "run_fedjax.py", "fedjax", "pmap", True),
     "pfl": Rival("pfl", "run_pfl.py", "pfl"),
     "pfl-processes": Rival("pfl, a process per core", "run_pfl.py", "pfl", "", True),
-    "blazefl": Rival("BlazeFL, a thread per core", "run_blazefl.py", "blazefl", "", 1),
+    "blazefl": Rival(
+        "BlazeFL, a thread per core", "run_blazefl.py", "blazefl", "", True
+    ),
     "flower": Rival("Flower, an actor per core", "run_flower.py", "flower", "", True),
 }
 
@@ -228,16 +230,15 @@ def run_once(
                 stderr=log,
                 env=environment,
                 cwd=folder,
-                start_new_session=True,
             )
             with _watch(process.pid) as peak:
                 try:
                     code = process.wait(timeout)
                 except subprocess.TimeoutExpired:
                     code = None
-            # Whatever the process may have left behind.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                    for pid in _family(process.pid):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
             process.wait()
             log.seek(0)
             last = "".join(log.readlines()[-1:]).strip()
