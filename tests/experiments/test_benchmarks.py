@@ -65,10 +65,8 @@ def test_sides_that_disagree_are_refused():
         aggregators.measure(toy(wrong=0.1), 1, 4)
 
 
-# Two of four clients, two steps of three samples, on rows that are easy to check.
-TINY = Workload(
-    "fashion_mnist_mini", "mlp", 4, 2, 3, participants=2, samples=6, learning_rate=0.1
-)
+# Two of four clients of different sizes, two steps of three samples.
+TINY = Workload("fashion_mnist_mini", "mlp", 4, 2, 3, participants=2, learning_rate=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -84,26 +82,31 @@ def written(problem, tmp_path_factory):
 
 
 def test_a_workload_says_what_everybody_trains_on(problem, written):
-    with np.load(written) as arrays:
-        assert arrays["clients"].shape == (3, 2) and arrays["rows"].shape == (
-            3,
-            2,
-            2,
-            3,
-        )
-        order = arrays["order"].reshape(4, 6)
-        for clients, rows in zip(arrays["clients"], arrays["rows"], strict=True):
-            assert len(set(clients.tolist())) == 2
-            # Two steps of three are one pass over six samples.
-            np.testing.assert_array_equal(
-                np.sort(rows.reshape(2, 6)), np.sort(order[clients])
-            )
-        assert not set(arrays["test"]) & set(arrays["order"])
-        assert len(arrays["test"]) == 10_000 // 7
-    again = workloads.draw_schedule(workloads.load(TINY, None), TINY, 3)
-    with np.load(written) as arrays:
-        np.testing.assert_array_equal(again[0], arrays["clients"])
-        np.testing.assert_array_equal(again[1], arrays["rows"])
+    with np.load(written) as file:
+        arrays = dict(file)
+    assert arrays["clients"].shape == (3, 2)
+    assert arrays["rows"].shape == (3, 2, 2, 3)
+    assert len(set(arrays["size"])) == 4
+    held = np.split(arrays["order"], np.cumsum(arrays["size"])[:-1])
+    for clients, rows in zip(arrays["clients"], arrays["rows"], strict=True):
+        assert len(set(clients)) == 2
+        for client, own in zip(clients, rows, strict=True):
+            assert len(set(own.flat)) == 6 and set(own.flat) <= set(held[client])
+    assert len(arrays["test"]) == 10_000 // 7
+    everything = np.concatenate([arrays["test"], arrays["order"]])
+    np.testing.assert_array_equal(np.sort(everything), np.arange(10_000))
+    clients, rows = workloads.draw_schedule(workloads.load(TINY, None), TINY, 3)
+    np.testing.assert_array_equal(clients, arrays["clients"])
+    np.testing.assert_array_equal(rows, arrays["rows"])
+
+
+def test_clients_may_draw_their_samples_instead():
+    drawn = workloads.load(TINY._replace(samples=6), None)
+    (cohort,) = drawn.federation.cohorts
+    assert cohort.train.size.tolist() == [6] * 4 and cohort.order.shape == (24,)
+    assert not set(np.asarray(cohort.order)) & set(drawn.test)
+    (first,) = workloads.load(TINY._replace(samples=6), None, 2).federation.cohorts
+    np.testing.assert_array_equal(first.order, cohort.order[:12])
 
 
 def run_adapter(name: str, path: pathlib.Path) -> rivals.Run:
