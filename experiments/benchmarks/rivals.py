@@ -76,21 +76,27 @@ class Rival(NamedTuple):
     processes: bool = False
 
 
+# Of each environment, what `pip install` is called with, once or more.
 VENVS = {
-    "torch": (_TORCH, "numpy"),
-    "flower": ("flwr[simulation]", _TORCH, "numpy"),
-    "pfl": ("pfl", _TORCH, "numpy"),
+    "torch": ((_TORCH, "numpy"),),
+    "flower": (("flwr[simulation]", _TORCH, "numpy"),),
+    "pfl": (("pfl", _TORCH, "numpy"),),
     # Of the time of jax 0.4.13, the newest that it was found to run on.
     "fedjax": (
-        "fedjax==0.0.17",
-        "jax==0.4.13",
-        "jaxlib==0.4.13",
-        "dm-haiku==0.0.10",
-        "numpy<2",
-        "scipy<1.12",
+        (
+            "fedjax==0.0.17",
+            "jax==0.4.13",
+            "jaxlib==0.4.13",
+            "dm-haiku==0.0.10",
+            "numpy<2",
+            "scipy<1.12",
+        ),
     ),
     # 3.0 needs Python 3.14; 2.0.3 asks for 3.12 and runs on 3.11.
-    "blazefl": ("--ignore-requires-python", "blazefl==2.0.3", _TORCH, "numpy", "tqdm"),
+    "blazefl": (
+        (_TORCH, "numpy", "tqdm"),
+        ("--ignore-requires-python", "--no-deps", "blazefl==2.0.3"),
+    ),
 }
 RIVALS = {
     "fedgen": Rival("fedgen", "run_fedgen.py"),
@@ -188,7 +194,7 @@ def install(venv: str, folder: pathlib.Path) -> tuple[str, str]:
     """
     if not venv:
         return sys.executable, ""
-    path, wanted = folder / venv, "\n".join(VENVS[venv])
+    path, wanted = folder / venv, json.dumps(VENVS[venv])
     python, stamp = path / "bin" / "python", folder / f"{venv}.txt"
     if stamp.exists() and stamp.read_text() == wanted and python.exists():
         return str(python), ""
@@ -196,10 +202,10 @@ def install(venv: str, folder: pathlib.Path) -> tuple[str, str]:
     shutil.rmtree(path, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"installing {venv}", file=sys.stderr)
-    for command in (
-        [sys.executable, "-m", "venv", str(path)],
-        [str(python), "-m", "pip", "install", "--quiet", *VENVS[venv]],
-    ):
+    commands = [[sys.executable, "-m", "venv", str(path)]]
+    for packages in VENVS[venv]:
+        commands.append([str(python), "-m", "pip", "install", "--quiet", *packages])
+    for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reasons = [x for x in done.stderr.splitlines() if "ERROR" in x]

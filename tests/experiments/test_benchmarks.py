@@ -231,7 +231,7 @@ def test_repetitions_become_a_cell():
 
 
 def test_a_rival_that_cannot_be_installed_is_told(monkeypatch, tmp_path):
-    monkeypatch.setitem(rivals.VENVS, "pfl", ("no-such-option --=",))
+    monkeypatch.setitem(rivals.VENVS, "pfl", (("no-such",),))
 
     def run(command, **_):
         class Done:
