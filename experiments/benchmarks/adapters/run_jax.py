@@ -1,8 +1,9 @@
 """Plain JAX, as one writes it for one experiment: clients in a loop, or `vmap`.
 
 `--mode`: `loop`, a Python loop over clients with a jitted scan over steps; `serial`, a
-jitted step; `vmap`, one jitted program over all clients. `loop` and `serial` convolve
-by slices and `lax.conv` where that is the faster; `vmap` is naive.
+Python loop over steps as well; `vmap`, one jitted program over all clients. A scan over
+steps convolves by slices, since `lax.conv` is slow in loops on a CPU; a single step by
+`lax.conv`, where that is the faster; and `vmap` by `lax.conv` as well, for it is naive.
 """
 
 from __future__ import annotations
