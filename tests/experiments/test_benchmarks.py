@@ -5,14 +5,26 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import pathlib
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments.benchmarks import aggregators, sweep
+from experiments.benchmarks import (
+    aggregators,
+    engine,
+    guard,
+    rivals,
+    sweep,
+    workloads,
+)
+from experiments.benchmarks.adapters import jax_nets
+from experiments.benchmarks.workloads import Workload
 
 
 @flagsaver.flagsaver
@@ -85,3 +97,256 @@ def test_a_sweep_is_held_against_the_same_runs(tmp_path, monkeypatch):
     np.testing.assert_allclose(gap, 0.1)
     folders = {f"{rate}-{seed}" for rate, seed in itertools.product(("0.1", "1"), "01")}
     assert {path.name for path in tmp_path.iterdir()} == {*folders, "sweep"}
+
+
+# Two of four clients of different sizes, two steps of three samples.
+TINY = Workload("fashion_mnist_mini", "mlp", 4, 2, 3, participants=2, learning_rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return workloads.load(TINY, None)
+
+
+@pytest.fixture(scope="module")
+def written(problem, tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark") / "tiny.npz"
+    workloads.write(path, problem, TINY, 3)
+    return path
+
+
+def test_a_workload_says_what_everybody_trains_on(problem, written):
+    with np.load(written) as file:
+        arrays = dict(file)
+    assert arrays["clients"].shape == (3, 2)
+    assert arrays["rows"].shape == (3, 2, 2, 3)
+    assert len(set(arrays["size"])) == 4
+    held = np.split(arrays["order"], np.cumsum(arrays["size"])[:-1])
+    for clients, rows in zip(arrays["clients"], arrays["rows"], strict=True):
+        assert len(set(clients)) == 2
+        for client, own in zip(clients, rows, strict=True):
+            assert len(set(own.flat)) == 6 and set(own.flat) <= set(held[client])
+    assert len(arrays["test"]) == 10_000 // 7
+    everything = np.concatenate([arrays["test"], arrays["order"]])
+    np.testing.assert_array_equal(np.sort(everything), np.arange(10_000))
+    clients, rows = workloads.draw_schedule(workloads.load(TINY, None), TINY, 3)
+    np.testing.assert_array_equal(clients, arrays["clients"])
+    np.testing.assert_array_equal(rows, arrays["rows"])
+
+
+def test_clients_may_draw_their_samples_instead():
+    drawn = workloads.load(TINY._replace(samples=6), None)
+    (cohort,) = drawn.federation.cohorts
+    assert cohort.train.size.tolist() == [6] * 4 and cohort.order.shape == (24,)
+    assert not set(np.asarray(cohort.order)) & set(drawn.test)
+    (first,) = workloads.load(TINY._replace(samples=6), None, 2).federation.cohorts
+    np.testing.assert_array_equal(first.order, cohort.order[:12])
+
+
+def run_adapter(name: str, path: pathlib.Path) -> rivals.Run:
+    run = rivals.run_once(rivals.RIVALS[name], sys.executable, path, timeout=100)
+    assert not run.error, run.error
+    return run
+
+
+def test_the_engine_ends_with_the_weights_of_a_plain_loop(
+    problem, written, monkeypatch
+):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    ours, plain = run_adapter("fedgen", written), run_adapter("jax", written)
+    assert len(ours.rounds) == len(plain.rounds) == 3
+    assert ours.start > 0 and min(ours.rounds) > 0 and ours.peak_bytes > 2**20
+    assert ours.versions["jax"] == jax.__version__
+    with np.load(written) as arrays:
+        initial = {k: arrays[f"params/{k}"] for k in plain.params}
+    for name, value in plain.params.items():
+        moved = np.abs(value - initial[name]).max()
+        assert moved > 1e-3
+        np.testing.assert_allclose(ours.params[name], value, atol=1e-4 * moved)
+    accuracy = rivals.score(TINY, problem, plain.params)
+    model = problem.federation.cohorts[0].model
+    x, y = (a[problem.test] for a in problem.federation.pool)
+    logits = model.apply(unflatten(plain.params), x / 127.5 - 1)
+    assert accuracy == pytest.approx(100 * np.mean(np.argmax(logits, -1) == y))
+
+
+def unflatten(flat):
+    tree = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("cnn", (28, 28, 1)),
+        ("small_cnn", (16, 16, 3)),
+        ("pfl_cnn", (8, 8, 3)),
+        ("resnet8", (8, 8, 3)),
+    ],
+)
+def test_plain_networks_are_those_of_fedgen(name, shape):
+    model = workloads.build_model(name, shape, 10)
+    x = jax.random.normal(jax.random.key(1), (2, *shape))
+
+    @jax.jit
+    def logits(key):
+        params = model.init(key)
+        flat = workloads.flatten(params)
+        plain = [
+            jax_nets.forward(name, flat, x, convolution)
+            for convolution in (jax_nets.convolve, jax_nets.convolve_slices)
+        ]
+        return model.apply(params, x), plain
+
+    expected, plain = logits(jax.random.key(0))
+    for each in plain:
+        np.testing.assert_allclose(each, expected, atol=2e-5)
+
+
+def step_flops(name: str) -> int:
+    model = workloads.build_model(name, (28, 28, 1), 10)
+    params = workloads.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    x = jax.ShapeDtypeStruct((32, 28, 28, 1), jnp.float32)
+    return workloads.step_flops(name, params, x)
+
+
+def test_arithmetic_is_counted_as_by_hand():
+    # Two multiply-adds a weight and sample forwards and for its gradient, a third
+    # for the gradient of a layer's input, which the first layer does not need.
+    mlp = 2 * 32 * (2 * 784 * 200 + 3 * 200 * 10)
+    assert step_flops("mlp") == mlp
+    convolutions = 2 * 28 * 28 * 25 * 32 + 3 * 14 * 14 * 25 * 32 * 64
+    dense = 3 * (3136 * 512 + 512 * 10)
+    assert step_flops("cnn") == 2 * 32 * (convolutions + dense)
+
+
+def test_the_arithmetic_of_a_round_is_that_of_its_participants(problem):
+    one = 2 * 3 * (2 * 784 * 200 + 3 * 200 * 10)
+    assert workloads.round_flops(TINY, problem) == 2 * 2 * one
+
+
+CELLS = [
+    rivals.Cell("fedgen", (1.0, 2.0, 4.0), (3.0,) * 3, (5.0,) * 3, 2**20, 70.0),
+    rivals.Cell("jax", (2.0, 3.0, 4.0), (1.0,) * 3, (0.5,) * 3, 2**21, 70.2),
+    rivals.Cell("torch", (0.5, 1.0, 3.0), (1.0,) * 3, (0.0,) * 3, 2**21, 71.0),
+    rivals.Cell("vmap", (8.0,) * 3, (1.0,) * 3, (0.0,) * 3, 2**21, 9.0, None, 2, 50.0),
+    rivals.Cell("flower", error="not installed: no such package"),
+]
+
+
+def test_the_table_marks_who_wins_and_who_differs():
+    text = rivals.to_markdown(CELLS, 2e9, 100, 10.0, {0: 70.2})
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert len({len(row) for row in rows}) == 1
+    ours, plain, torch, vmap, flower = rows[2:]
+    assert ours[1:7] == ["2 [1, 4]", "1 [1, 1]", "50", "1", "10 %", "1"]
+    assert ours[7:] == ["70.00 ok", "3.0", "5.0"]
+    assert plain[2] == "1.5 [1, 2]" and plain[7] == "70.20 ok"
+    assert torch[2] == "0.5 [0.5, 0.75] **wins**" and torch[7] == "71.00 **differs**"
+    assert vmap[0].endswith("(SCALED from 2 clients)") and "no reference" in vmap[7]
+    assert flower[1] == "not installed: no such package"
+
+
+def test_repetitions_become_a_cell():
+    run = rivals.Run(2.0, (5.0, 1.0, 3.0, 2.0), 7, {}, {})
+    cell = rivals.summarise("jax", [run, run._replace(peak_bytes=9)], 2, 10, len)
+    # The median of the rounds but the first, of 2 clients for 10.
+    assert cell.seconds == (10.0, 10.0) and (cell.present, cell.scaled) == (2, 5)
+    assert cell.compile == (3.0, 3.0) and cell.start == (2.0, 2.0)
+    assert cell.peak_bytes == 9 and cell.accuracy == 0
+    failed = rivals.summarise("jax", [run, rivals.Run(error="no")], 0, 10, len)
+    assert failed.error == "no" and not failed.seconds
+
+
+def test_a_rival_that_cannot_be_installed_is_told(monkeypatch, tmp_path):
+    monkeypatch.setitem(rivals.VENVS, "pfl", (("no-such",),))
+
+    def run(command, **_):
+        class Done:
+            returncode, stderr = int("pip" in command), "x\nERROR: no such thing\n"
+
+        return Done
+
+    monkeypatch.setattr(rivals.subprocess, "run", run)
+    assert rivals.install("pfl", tmp_path) == (
+        "",
+        "not installed: ERROR: no such thing",
+    )
+    assert not list(tmp_path.glob("*.txt"))
+
+
+def test_every_rival_has_an_adapter_and_a_known_environment():
+    for rival in rivals.RIVALS.values():
+        assert (rivals.ADAPTERS / rival.script).exists()
+        assert not rival.venv or rival.venv in rivals.VENVS
+
+
+def test_a_failing_process_is_told_with_its_last_words(tmp_path):
+    run = rivals.run_once(
+        rivals.RIVALS["jax"], sys.executable, tmp_path / "none.npz", timeout=100
+    )
+    assert run.error.startswith("failed: FileNotFoundError") and not run.rounds
+
+
+def test_the_guard_needs_a_slowdown_in_every_launch():
+    assert guard.is_slower([1.2, 1.15, 1.3, 1.02, 1.12], 0.1)
+    assert not guard.is_slower([1.2, 1.15, 1.3, 0.99, 1.12], 0.1)
+    assert not guard.is_slower([1.2, 1.09, 1.08, 1.02, 1.05], 0.1)
+    assert not guard.is_slower([0.5] * 5, 0.1)
+
+
+def test_the_guard_pairs_the_turns_of_a_launch(monkeypatch):
+    class Worker:
+        """A turn of base takes 1 s more than its last, and of head 1.5 times that."""
+
+        def __init__(self, folder):
+            self._factor = 1.5 if folder.name == "head" else 1.0
+            self.start_seconds, self._turn = 2 * self._factor, 0
+
+        def seconds(self, case):
+            self._turn += 1
+            return self._factor * self._turn
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(guard, "Worker", Worker)
+    folders = pathlib.Path("base"), pathlib.Path("head")
+    seconds, ratios = guard.compare(*folders, ["MLP round"], launches=5, turns=3)
+    # The first of four calls compiles.
+    compiling = "MLP round, compilation"
+    assert seconds == {guard.START: 2.0, compiling: 1.0, "MLP round": 3.0}
+    assert ratios == dict.fromkeys(seconds, [1.5] * 5)
+    text = guard.to_markdown(seconds, {**ratios, "MLP round": [1.0] * 5}, 0.1)
+    assert text.splitlines()[2].endswith("1.500 [1.500, 1.500] | **slower** |")
+    assert text.splitlines()[4].endswith("1.000 [1.000, 1.000] | ok |")
+
+
+def test_the_guard_checks_out_what_git_knows():
+    with guard.checkout("worktree") as folder:
+        assert (folder / "fedgen").is_dir()
+    with (
+        pytest.raises(ValueError, match="no revision 'no-such'"),
+        guard.checkout("no-such"),
+    ):
+        pass
+
+
+def test_the_engine_is_timed_with_its_own_chunk_and_others():
+    # Two clients on two devices, so that no other chunk than 1 is possible.
+    rows = engine.measure(TINY, workloads.load(TINY, None, 2), [1, 50], turns=1)
+    assert [row[:5] for row in rows] == [
+        ("mlp", 4, "round", 1, True),
+        ("mlp", 4, "evaluation", 1, True),
+    ]
+    fast = rows[0]._replace(seconds=(2.0,))
+    slow = fast._replace(chunk=2, own=False, seconds=(4.0,))
+    table = engine.to_markdown([slow, fast, rows[1]], 1.0).splitlines()
+    assert table[2].endswith("| 2.00 |") and table[3].endswith("| 1.00 |")
+    assert "1 (own)" in table[3] and table[4].endswith("| 1.00 |")

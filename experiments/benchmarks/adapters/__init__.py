@@ -1,0 +1,1 @@
+"""One script for every rival, run by the rival's own interpreter."""

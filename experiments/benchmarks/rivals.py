@@ -1,0 +1,560 @@
+"""fedgen beside other simulators, on the same minibatches from the same weights.
+
+    python -m experiments.benchmarks.rivals --workloads=W2 --rivals=all --rounds=6
+
+Every rival lives in a virtual environment of its own, which is made from the package
+registry where it is missing, and runs `adapters/run_*.py` in a process of its own. In
+each repetition every rival runs once, one after another, so that a busy machine slows
+down all of them; believe ratios rather than seconds.
+
+Of a process the first round counts as compilation, as far as it is longer than the
+median of the others, which is one measurement. The table has the median over
+repetitions and their range. Memory is the proportional set size of all processes of a
+rival, sampled. The peak is the highest rate of a float32 matrix product, of any
+library, before or after.
+
+All must end with the same weights, but for rounding: the check compares the accuracy
+on samples that nobody trains on with that of the plain loop in JAX, and fails beyond
+0.3 points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments.benchmarks import workloads
+from experiments.benchmarks.adapters import jax_nets
+from experiments.benchmarks.workloads import Problem, Workload
+from fedgen.core.federation import normalise
+
+FLAGS = flags.FLAGS
+ADAPTERS = pathlib.Path(__file__).parent / "adapters"
+ROOT = pathlib.Path(__file__).parents[2]
+REFERENCE = "jax"  # whose accuracy the others must have
+POINTS = 0.3
+_POLL_SECONDS = 0.5
+
+_TORCH = "torch==2.13.0"  # the one build that all rivals on PyTorch are given
+
+
+class Rival(NamedTuple):
+    """A simulator at one of its settings.
+
+    Attributes:
+      label: For the table.
+      script: In `adapters/`.
+      venv: Name of its environment; empty for that of fedgen.
+      mode: Handed to the script.
+      processes: Whether it gets a process (or device) per core rather than one.
+    """
+
+    label: str
+    script: str
+    venv: str = ""
+    mode: str = ""
+    processes: bool = False
+
+
+# Of each environment, what `pip install` is called with, once or more.
+VENVS = {
+    "torch": ((_TORCH, "numpy"),),
+    "flower": (("flwr[simulation]", _TORCH, "numpy"),),
+    "pfl": (("pfl", _TORCH, "numpy"),),
+    # Of the time of jax 0.4.13, the newest that it was found to run on.
+    "fedjax": (
+        (
+            "fedjax==0.0.17",
+            "jax==0.4.13",
+            "jaxlib==0.4.13",
+            "dm-haiku==0.0.10",
+            "numpy<2",
+            "scipy<1.12",
+        ),
+    ),
+    # 3.0 needs Python 3.14; 2.0.3 asks for 3.12 and runs on 3.11.
+    "blazefl": (
+        (_TORCH, "numpy", "tqdm"),
+        ("--ignore-requires-python", "--no-deps", "blazefl==2.0.3"),
+    ),
+}
+RIVALS = {
+    "fedgen": Rival("fedgen", "run_fedgen.py"),
+    "jax": Rival("plain JAX, jitted clients", "run_jax.py", mode="loop"),
+    "jax-serial": Rival("plain JAX, jitted steps", "run_jax.py", mode="serial"),
+    "vmap": Rival("JAX, naive `vmap`", "run_jax.py", mode="vmap"),
+    "torch": Rival("plain PyTorch", "run_torch.py", "torch"),
+    "torch-processes": Rival(
+        "plain PyTorch, a process per core", "run_torch.py", "torch", "", True
+    ),
+    "fedjax": Rival("FedJAX, `jit`", "run_fedjax.py", "fedjax", "jit"),
+    "fedjax-pmap": Rival("FedJAX, `pmap`", "run_fedjax.py", "fedjax", "pmap", True),
+    "pfl": Rival("pfl", "run_pfl.py", "pfl"),
+    "pfl-processes": Rival("pfl, a process per core", "run_pfl.py", "pfl", "", True),
+    "blazefl": Rival(
+        "BlazeFL, a thread per core", "run_blazefl.py", "blazefl", "", True
+    ),
+    "flower": Rival("Flower, an actor per core", "run_flower.py", "flower", "", True),
+}
+
+
+def define_flags() -> None:
+    """Define the flags of the command line."""
+    flags.DEFINE_list("workloads", ["W2"], f"Out of {', '.join(workloads.WORKLOADS)}.")
+    flags.DEFINE_list("rivals", ["all"], f"all, or out of {', '.join(RIVALS)}.")
+    flags.DEFINE_integer("rounds", 6, "Rounds of a process.", lower_bound=2)
+    flags.DEFINE_integer("repeats", 3, "Processes of every rival.", lower_bound=1)
+    flags.DEFINE_integer(
+        "clients", 0, "If above 0, only so many of a workload's clients exist."
+    )
+    flags.DEFINE_list(
+        "subset",
+        [],
+        "rival=clients for rivals that are too slow: they run on so many clients, and "
+        "their times are scaled.",
+    )
+    flags.DEFINE_integer("chunk", 0, "fedgen's clients at once; 0: what it chooses.")
+    flags.DEFINE_integer("timeout", 900, "Seconds that a process may take.")
+    flags.DEFINE_string("data_dir", None, "Folder of TFDS data sets.")
+    flags.DEFINE_string(
+        "venvs",
+        str(pathlib.Path("~/.cache/fedgen/rivals").expanduser()),
+        "Folder of the rivals' environments.",
+    )
+    flags.DEFINE_string("json", None, "File that gets all measurements.")
+
+
+# How it is measured.
+
+
+class Run(NamedTuple):
+    """What one process of a rival took; `error` says why it is nothing."""
+
+    start: float = 0.0  # seconds until the first round
+    rounds: tuple[float, ...] = ()  # seconds of every round
+    peak_bytes: int = 0
+    versions: dict[str, str] | None = None
+    params: dict[str, np.ndarray] | None = None
+    error: str = ""
+
+
+class Cell(NamedTuple):
+    """All of one rival on one workload.
+
+    Attributes:
+      rival: Its name.
+      seconds: Of a round, per repetition, scaled to all clients.
+      start: Seconds until the first round, per repetition.
+      compile: Seconds that the first round took longer, per repetition.
+      peak_bytes: Most memory of any repetition.
+      accuracy: After the last round; None where only a subset ran.
+      versions: Of its packages.
+      present: How many clients it was given, 0 for all of them.
+      scaled: By how much its times were multiplied to stand for all.
+      error: Why there is nothing.
+    """
+
+    rival: str
+    seconds: tuple[float, ...] = ()
+    start: tuple[float, ...] = ()
+    compile: tuple[float, ...] = ()
+    peak_bytes: int = 0
+    accuracy: float | None = None
+    versions: dict[str, str] | None = None
+    present: int = 0
+    scaled: float = 1.0
+    error: str = ""
+
+
+def install(venv: str, folder: pathlib.Path) -> tuple[str, str]:
+    """Make an environment if it is missing or of other packages.
+
+    Returns:
+      Its interpreter, and an error message, empty if all is well.
+    """
+    if not venv:
+        return sys.executable, ""
+    path, wanted = folder / venv, json.dumps(VENVS[venv])
+    python, stamp = path / "bin" / "python", folder / f"{venv}.txt"
+    if stamp.exists() and stamp.read_text() == wanted and python.exists():
+        return str(python), ""
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"installing {venv}", file=sys.stderr)
+    commands = [[sys.executable, "-m", "venv", str(path)]]
+    for packages in VENVS[venv]:
+        commands.append([str(python), "-m", "pip", "install", "--quiet", *packages])
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reasons = [x for x in done.stderr.splitlines() if "ERROR" in x]
+            return "", f"not installed: {' '.join(reasons)[:200]}"
+    stamp.write_text(wanted)
+    return str(python), ""
+
+
+def run_once(
+    rival: Rival, python: str, workload: pathlib.Path, timeout: float, chunk: int = 0
+) -> Run:
+    """Run one process of a rival to its end."""
+    cores = len(os.sched_getaffinity(0))
+    processes = cores if rival.processes else 1
+    threads = 1 if rival.processes else cores
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, str(ADAPTERS / rival.script), str(workload), folder]
+        command += [f"--mode={rival.mode}", f"--processes={processes}"]
+        command += [f"--threads={threads}", f"--chunk={chunk}"]
+        environment = dict(os.environ, PYTHONPATH="" if rival.venv else str(ROOT))
+        if rival.venv:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        with open(f"{folder}/log", "w+") as log:
+            begin = time.monotonic()
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                cwd=folder,
+            )
+            with _watch(process.pid) as peak:
+                try:
+                    code = process.wait(timeout)
+                except subprocess.TimeoutExpired:
+                    code = None
+                    for pid in _family(process.pid):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+            process.wait()
+            log.seek(0)
+            last = "".join(log.readlines()[-1:]).strip()
+        if code is None:
+            return Run(error=f"stopped after {timeout:.0f} s")
+        events = pathlib.Path(folder, "events.jsonl")
+        weights = pathlib.Path(folder, "weights.npz")
+        if code or not weights.exists():
+            return Run(error=f"failed: {last[:200]}")
+        first, *others = map(json.loads, events.read_text().splitlines())
+        times = [first["time"]] + [event["time"] for event in others]
+        with np.load(weights) as arrays:
+            params = dict(arrays)
+        seconds = tuple(b - a for a, b in zip(times[:-1], times[1:], strict=True))
+        return Run(times[0] - begin, seconds, max(peak), first["versions"], params)
+
+
+@contextlib.contextmanager
+def _watch(pid: int):
+    """Sample the memory of a process and its descendants, a list of bytes."""
+    peak, over = [0], threading.Event()
+
+    def sample():
+        while not over.wait(_POLL_SECONDS):
+            peak.append(sum(map(_proportional_bytes, _family(pid))))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        sampler.join()
+
+
+def _family(pid: int) -> list[int]:
+    """List a process and its descendants."""
+    children = []
+    for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += map(int, path.read_text().split())
+    return [pid, *(p for child in children for p in _family(child))]
+
+
+def _proportional_bytes(pid: int) -> int:
+    """Read a process's share of memory; 0 if it is gone, or on other systems."""
+    try:
+        lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("Pss:"))
+
+
+def measure_peak(pythons: dict[str, str]) -> float:
+    """Return the highest GFLOP/s that any library multiplies matrices with."""
+    cores = len(os.sched_getaffinity(0))
+    ways = [(sys.executable, "numpy"), (sys.executable, "jax")]
+    ways += [(pythons["torch"], "torch")] if pythons.get("torch") else []
+    return max(
+        float(
+            subprocess.run(
+                [python, str(ADAPTERS / "run_sgemm.py"), library, str(cores)],
+                capture_output=True,
+                check=True,
+                text=True,
+            ).stdout
+        )
+        for python, library in ways
+    )
+
+
+def score(workload: Workload, problem: Problem, params: dict[str, Any]) -> float:
+    """Return the accuracy on the samples kept for the test, in percent."""
+    x, y = (np.asarray(array)[problem.test] for array in problem.federation.pool)
+
+    @jax.jit
+    def hits(params, x, y):
+        logits = jax_nets.forward(workload.model, params, normalise(x))
+        return jnp.sum(jnp.argmax(logits, -1) == y)
+
+    parts = range(0, len(y), 500)
+    right = sum(int(hits(params, x[i : i + 500], y[i : i + 500])) for i in parts)
+    return 100 * right / len(y)
+
+
+def measure(
+    workload: Workload,
+    problem: Problem,
+    rivals: Sequence[str],
+    pythons: dict[str, str],
+    errors: dict[str, str],
+    subset: dict[str, int],
+) -> tuple[list[Cell], dict[int, float]]:
+    """Run all rivals on a workload, by turns.
+
+    Returns:
+      Their cells, and the reference's accuracy by the number of clients present.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in rivals}
+    with tempfile.TemporaryDirectory() as folder:
+        problems, paths = {FLAGS.clients: problem}, {}
+        for count in {subset.get(name, FLAGS.clients) for name in rivals}:
+            if count not in problems:
+                problems[count] = workloads.load(workload, FLAGS.data_dir, count)
+            paths[count] = pathlib.Path(folder, f"{count}.npz")
+            workloads.write(paths[count], problems[count], workload, FLAGS.rounds)
+        for turn in range(FLAGS.repeats):
+            for name in rivals:
+                rival, count = RIVALS[name], subset.get(name, FLAGS.clients)
+                if error := errors.get(rival.venv) or (turn and runs[name][0].error):
+                    runs[name].append(Run(error=error))
+                    continue
+                run = run_once(
+                    rival,
+                    pythons[rival.venv],
+                    paths[count],
+                    FLAGS.timeout,
+                    FLAGS.chunk if name == "fedgen" else 0,
+                )
+                runs[name].append(run)
+                what = run.error or f"{statistics.median(run.rounds[1:]):.4g} s a round"
+                print(f"{turn + 1}/{FLAGS.repeats} {name}: {what}", file=sys.stderr)
+        # A subset has a reference of its own, which nobody times.
+        points = {}
+        for count, path in paths.items():
+            run = (
+                runs[REFERENCE][-1]
+                if count == FLAGS.clients
+                else run_once(RIVALS[REFERENCE], sys.executable, path, FLAGS.timeout)
+            )
+            if not run.error:
+                points[count] = score(workload, problem, run.params)
+    everybody = workload.participants or workload.clients
+    cells = [
+        summarise(
+            name,
+            runs[name],
+            subset.get(name, FLAGS.clients),
+            everybody,
+            lambda params: score(workload, problem, params),
+        )
+        for name in rivals
+    ]
+    return cells, points
+
+
+def summarise(
+    name: str,
+    runs: Sequence[Run],
+    present: int,
+    everybody: int,
+    score: Callable[[dict[str, Any]], float],
+) -> Cell:
+    """Turn the runs of a rival into a cell.
+
+    Args:
+      name: The rival.
+      runs: One for each repetition.
+      present: How many clients it was given, 0 for all of the workload.
+      everybody: How many take part in a round.
+      score: Accuracy of weights.
+    """
+    if error := next((run.error for run in runs if run.error), ""):
+        return Cell(name, error=error)
+    seconds = [statistics.median(run.rounds[1:]) for run in runs]
+    factor = everybody / min(present or everybody, everybody)
+    return Cell(
+        name,
+        tuple(s * factor for s in seconds),
+        tuple(run.start for run in runs),
+        tuple(
+            max(0.0, run.rounds[0] - s) for run, s in zip(runs, seconds, strict=True)
+        ),
+        max(run.peak_bytes for run in runs),
+        score(runs[-1].params),
+        runs[-1].versions,
+        present,
+        factor,
+    )
+
+
+# What is printed.
+
+
+def to_markdown(
+    cells: Sequence[Cell], round_flops: float, steps: int, peak: float, points: dict
+) -> str:
+    """Write the table of a workload.
+
+    Args:
+      cells: First that of fedgen, to which ratios are.
+      round_flops: Arithmetic of a round.
+      steps: Local steps of all clients of a round.
+      peak: Highest GFLOP/s of a matrix product.
+      points: Accuracy of the reference, by the number of clients present.
+    """
+    lines = [
+        "| simulator | s a round | times fedgen's | steps/s | GFLOP/s | of peak | "
+        "MiB | accuracy, % | start, s | compile, s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for cell in cells:
+        label = RIVALS[cell.rival].label
+        if cell.error:
+            lines.append(f"| {label} | {cell.error} |" + " |" * 8)
+            continue
+        middle = statistics.median(cell.seconds)
+        rate = round_flops / middle / 1e9
+        if cell.scaled > 1:
+            label += f" (SCALED from {cell.present} clients)"
+        columns = [
+            label,
+            spread(cell.seconds),
+            _versus(cell, cells[0]),
+            f"{steps / middle:,.0f}",
+            f"{rate:,.0f}",
+            f"{100 * rate / peak:.0f} %",
+            f"{cell.peak_bytes / 2**20:,.0f}",
+            _accuracy(cell, points),
+            f"{statistics.median(cell.start):.1f}",
+            f"{statistics.median(cell.compile):.1f}",
+        ]
+        lines.append("| " + " | ".join(columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ratios(cell: Cell, other: Cell) -> list[float]:
+    """Divide the seconds of each repetition by those of another rival."""
+    return [a / b for a, b in zip(cell.seconds, other.seconds, strict=True)]
+
+
+def _versus(cell: Cell, fedgen: Cell) -> str:
+    if fedgen.error:
+        return ""
+    each = ratios(cell, fedgen)
+    # A rival wins if it was faster each time.
+    return spread(each) + (" **wins**" if max(each) < 1 else "")
+
+
+def _accuracy(cell: Cell, points: dict[int, float]) -> str:
+    if cell.present not in points:
+        return f"{cell.accuracy:.2f}, no reference"
+    same = abs(cell.accuracy - points[cell.present]) <= POINTS
+    return f"{cell.accuracy:.2f} {'ok' if same else '**differs**'}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write the median and the range."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def describe_machine(script: str) -> dict[str, Any]:
+    """Tell where, when and by which command it was measured."""
+    model = platform.processor()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(x.split(": ")[1] for x in lines if x.startswith("model name"))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {model}",
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "command": shlex.join(
+            ["python", "-m", f"experiments.benchmarks.{script}", *sys.argv[1:]]
+        ),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure what the flags say."""
+    if len(argv) > 1:
+        raise app.UsageError(f"flags begin with --, got {' '.join(argv[1:])}")
+    subset = {k: int(v) for k, _, v in (x.partition("=") for x in FLAGS.subset)}
+    chosen = list(RIVALS) if FLAGS.rivals == ["all"] else FLAGS.rivals
+    chosen = list(dict.fromkeys(["fedgen", REFERENCE, *chosen]))
+    for name, known in (
+        *((name, RIVALS) for name in (*chosen, *subset)),
+        *((name, workloads.WORKLOADS) for name in FLAGS.workloads),
+    ):
+        if name not in known:
+            raise app.UsageError(f"unknown {name!r}, known: {', '.join(known)}")
+    venvs = {RIVALS[name].venv for name in chosen}
+    found = {venv: install(venv, pathlib.Path(FLAGS.venvs)) for venv in venvs}
+    pythons, errors = ({v: pair[i] for v, pair in found.items()} for i in (0, 1))
+
+    everything = {**describe_machine("rivals"), "workloads": {}}
+    print(json.dumps(everything, indent=1), file=sys.stderr)
+    for name in FLAGS.workloads:
+        workload = workloads.WORKLOADS[name]
+        problem = workloads.load(workload, FLAGS.data_dir, FLAGS.clients)
+        before = measure_peak(pythons)
+        cells, points = measure(workload, problem, chosen, pythons, errors, subset)
+        peak = max(before, measure_peak(pythons))
+        flops = workloads.round_flops(workload, problem)
+        steps = (workload.participants or workload.clients) * workload.steps
+        print(
+            f"\n{name}: {workload}\n{flops / 1e9:,.1f} GFLOP a round, peak {peak:.0f}"
+        )
+        print(to_markdown(cells, flops, steps, peak, points), flush=True)
+        everything["workloads"][name] = {
+            "definition": workload._asdict(),
+            "round_flops": flops,
+            "peak_gflops": peak,
+            "cells": [cell._asdict() for cell in cells],
+        }
+        if FLAGS.json:
+            pathlib.Path(FLAGS.json).write_text(json.dumps(everything, indent=1))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
