@@ -14,6 +14,7 @@ import rich.console
 from absl import app, flags
 
 from experiments import run
+from fedgen.core import hosts
 from fedgen.runs import compare
 
 ALGORITHMS = flags.DEFINE_list(
@@ -57,11 +58,12 @@ def main(argv: Sequence[str]) -> None:
             SEEDS.value,
             read_grid(),
             folder,
-            rich.console.Console(stderr=True),
+            rich.console.Console(stderr=True, quiet=not hosts.is_first()),
         )
         table = compare.to_markdown(rows)
-        (folder / "comparison.md").write_text(table + "\n")
-        sys.stdout.write(table + "\n")
+        if hosts.is_first():
+            (folder / "comparison.md").write_text(table + "\n")
+            sys.stdout.write(table + "\n")
 
     run.guard(argv, work)
 

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
 from absl import app, flags
 
 from fedgen import algorithms
-from fedgen.core import execution
+from fedgen.core import execution, hosts
 from fedgen.runs import experiment
 from fedgen.runs.config import Config
 
@@ -23,6 +24,18 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; by default a new one under runs/."
 )
 RESUME = flags.DEFINE_bool("resume", False, "Continue the run that the folder holds.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, for a run on several hosts; auto if SLURM, Kubernetes, "
+    "Open MPI or a TPU pod tells of it and of the other processes.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes that --coordinator waits for, one a host."
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of --num_processes this one is, from 0."
+)
 SET = flags.DEFINE_multi_string(
     "set", [], "name=value, a hyper-parameter of --algorithm; repeatable."
 )
@@ -71,17 +84,29 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def guard(argv: Sequence[str], work: Callable[[], object]) -> None:
-    """Do the work; exit with 2 for a wrong request, 1 for a failed training."""
+def guard(
+    argv: Sequence[str], work: Callable[[], object], *, alone: bool = False
+) -> None:
+    """Do the work; exit with 2 for a wrong request, 1 for a failed training.
+
+    With `alone`, the work is none for several processes.
+    """
     try:
         if len(argv) > 1:
             raise ValueError(f"flags begin with --, got {' '.join(argv[1:])}")
         # Where no accelerator is, JAX tells of every one that it looked for.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+        if alone and COORDINATOR.value is not None:
+            raise ValueError("coordinator must not be given here: one process does it")
         execution.use_cores()
+        hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         work()
     except (ValueError, FloatingPointError) as error:
         _fail(error, 2 if isinstance(error, ValueError) else 1)
+    except jax.errors.JaxRuntimeError as error:
+        if hosts.several():
+            hosts.leave(error)
+        raise
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import os
 import pathlib
@@ -21,12 +22,12 @@ import tensorboardX
 from jax.sharding import SingleDeviceSharding
 
 from fedgen.core import evaluate as evaluate_lib
-from fedgen.core import rounds, simulate
+from fedgen.core import hosts, rounds, simulate
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.checkpoint import Checkpoints
 from fedgen.core.compiling import compile_ahead
 from fedgen.core.evaluate import Evaluation, Scores
-from fedgen.core.execution import Execution, state_shardings
+from fedgen.core.execution import Execution, replicated, state_shardings
 from fedgen.core.rounds import Report, Traffic
 from fedgen.runs import build, workdir
 from fedgen.runs.build import Setup
@@ -82,10 +83,14 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
         jnp.int32(length),
         quick=config.rounds <= _SHORT,
     )
-    check_memory(name, block, execution.num_devices)
-    evaluate = jax.jit(evaluate_lib.make_evaluate(algorithm, execution))
+    local_devices = execution.num_devices // jax.process_count()
+    check_memory(name, block, local_devices)
+    evaluate = jax.jit(
+        evaluate_lib.make_evaluate(algorithm, execution),
+        out_shardings=replicated(execution.mesh),
+    )
     evaluate = compile_ahead(evaluate, like, federation, round_key, quick=True)
-    check_memory(name, evaluate, execution.num_devices)
+    check_memory(name, evaluate, local_devices)
     init = compile_ahead(init, init_key, federation, quick=True)
     return Leg(
         name,
@@ -115,7 +120,7 @@ def restore(
     like = jax.eval_shape(init, run_keys(config.seed)[0], setup.federation)
     place, reasons = folder.absolute() / "checkpoints", []
     if place.is_dir():
-        with Checkpoints(place) as checkpoints:
+        with Checkpoints(place, _ids(setup)) as checkpoints:
             found = checkpoints.restore(
                 _place(like, setup.execution), reasons.append, set_aside=False
             )
@@ -154,15 +159,18 @@ def train(
         checkpoints = None
         if config.checkpoint_every:
             checkpoints = stack.enter_context(
-                Checkpoints((folder / "checkpoints").absolute())
+                Checkpoints((folder / "checkpoints").absolute(), _ids(setup))
             )
         start = time.perf_counter()
         state, lines, seconds = _begin(leg, checkpoints, metrics, warn)
         setup_seconds = time.perf_counter() - start
-        board = stack.enter_context(_write_board(folder / "tensorboard", lines))
+        board = None
+        if hosts.is_first():
+            board = stack.enter_context(_write_board(folder / "tensorboard", lines))
         for line in lines:
             progress(line)
         saved = int(state.round)
+        hosts.resume_from(f"round {saved} of {leg.name}")
 
         start = time.perf_counter()
         try:
@@ -181,15 +189,18 @@ def train(
                 if last or done % config.eval_every == 0:
                     evaluation = leg.evaluate(state, setup.federation, evaluate_key)
                     new[-1] |= _evaluation_line(leg.algorithm, evaluation, done)
-                workdir.append_lines(metrics, new)
                 lines += new
+                if board:
+                    workdir.append_lines(metrics, new)
                 for line in new:
-                    _write_events(board, line)
+                    if board:
+                        _write_events(board, line)
                     progress(line)
                 if checkpoints and (last or done % config.checkpoint_every == 0):
                     spent = seconds + time.perf_counter() - start
                     checkpoints.save(state, {"seconds": spent})
                     saved = done
+                    hosts.resume_from(f"round {saved} of {leg.name}")
         except FloatingPointError as error:
             where = (
                 f"the last good checkpoint is of round {saved}, in {folder}/checkpoints"
@@ -225,6 +236,11 @@ def _place(shapes: State, execution: Execution) -> State:
     return State(*map(place, shardings, shapes))
 
 
+def _ids(setup: Setup) -> list[np.ndarray]:
+    """Return the ids of clients by cohort, in the order of their state."""
+    return [hosts.fetch(cohort.ids) for cohort in setup.federation.cohorts]
+
+
 def _begin(
     leg: Leg,
     checkpoints: Checkpoints | None,
@@ -232,12 +248,14 @@ def _begin(
     warn: Callable[[str], None],
 ) -> tuple[State, list[Line], float]:
     """Return the state to train on from, its lines, and the seconds spent on it."""
-    lines = workdir.read_lines(metrics)
+    # As the first process sees them, which writes them.
+    lines = json.loads(hosts.decide(lambda: json.dumps(workdir.read_lines(metrics))))
     found = checkpoints and checkpoints.restore(leg.like, warn, len(lines))
     state, seconds = (found[0], found[1]["seconds"]) if found else (leg.init(), 0.0)
     jax.block_until_ready(state)
     lines = lines[: int(state.round)]
-    workdir.write_lines(metrics, lines)
+    if hosts.is_first():
+        workdir.write_lines(metrics, lines)
     return state, lines, seconds
 
 

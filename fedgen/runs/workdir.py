@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
 from typing import Any
-
-import jax
 
 from fedgen.runs import config as config_lib
 from fedgen.runs.config import Config
@@ -37,9 +34,7 @@ def claim(config: Config, folder: str | None, resume: bool) -> pathlib.Path:
                 "empty or a new folder"
             )
         return path
-    devices = config.devices or len(jax.devices())
-    placed = dataclasses.replace(config, devices=devices)
-    changed = config_lib.differences(placed, stored)
+    changed = config_lib.differences(config, stored)
     if changed:
         verb = "cannot resume" if resume else "workdir holds another configuration"
         raise ValueError(f"{verb}: {path} differs in {'; '.join(changed)}")
@@ -95,9 +90,7 @@ def _stored(path: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text())
-        stored = dict(content["flags"])
-        # Clients are dealt to devices, so a state only fits as many as it had.
-        stored["devices"] = content["environment"]["devices"]
+        stored, _ = (dict(content[part]) for part in ("flags", "environment"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not the config.json of a run: {error!r}") from None
     return stored
