@@ -6,7 +6,6 @@ ids. So a state can be read back under any number of devices and processes.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import math
@@ -126,41 +125,24 @@ class Checkpoints:
             )
 
         info = read(info=ocp.args.JsonRestore()).info
+        stored = info.get("ids") and [np.asarray(each, int) for each in info["ids"]]
+        if self._ids is not None and stored is None:
+            raise ValueError("it does not say which clients it holds")
+        ids = stored if self._ids is None else self._ids
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        moves = self._moves(info)
-        if moves is None:
+        if ids is None or all(map(np.array_equal, stored, ids)):
             state = read(state=ocp.args.StandardRestore(like)).state
         else:
-            # As stored, but for as many places as the devices here can share.
-            stored = like._replace(
-                clients=tuple(
-                    jax.tree.map(functools.partial(_lengthened, length=len(ids)), part)
-                    for part, ids in zip(like.clients, info["ids"], strict=True)
-                )
+            places = list(map(_places, stored, ids))
+            as_stored = like._replace(
+                clients=tuple(map(_resized, like.clients, map(len, stored)))
             )
-            state = read(state=ocp.args.StandardRestore(stored, strict=False)).state
-            clients = map(_moved, state.clients, moves, like.clients)
+            state = read(state=ocp.args.StandardRestore(as_stored, strict=False)).state
+            clients = map(_moved, state.clients, places, like.clients)
             state = state._replace(clients=tuple(clients))
-        if digest(state, self._ids) != info["digest"]:
+        if digest(state, ids) != info["digest"]:
             raise ValueError("its arrays differ from those that were saved")
         return state, info
-
-    def _moves(self, info: dict[str, Any]) -> list[np.ndarray] | None:
-        """Find the stored place of each client `[n]`; None if all are in theirs."""
-        if self._ids is None:
-            return None
-        if info.get("ids") is None:
-            raise ValueError("it does not say which clients it holds")
-        moves = []
-        for stored, ids in zip(map(np.asarray, info["ids"]), self._ids, strict=True):
-            order = np.argsort(stored, kind="stable")
-            held = stored[order]
-            if not np.array_equal(held[held >= 0], np.sort(ids[ids >= 0])):
-                raise ValueError("it holds other clients")
-            # The padding takes the state of the first place; nobody looks at it.
-            moves.append(order[np.searchsorted(stored, ids, sorter=order)])
-        same = all(map(np.array_equal, info["ids"], self._ids))
-        return None if same else moves
 
     def _set_aside(self, step: int) -> None:
         if hosts.is_first():
@@ -203,7 +185,7 @@ def _sum_bits(leaf: jax.Array, ids: np.ndarray) -> int:
     key = np.random.PCG64(1).random_raw(int(ids.max(initial=0)) + 1) | np.uint64(1)
     # Odd numbers can be divided by, so that a changed word always changes a sum.
     key = np.where(ids >= 0, key[ids], 0)
-    total = np.uint64(0)
+    total = 0
     for shard in leaf.addressable_shards:
         if shard.replica_id:
             continue
@@ -212,19 +194,32 @@ def _sum_bits(leaf: jax.Array, ids: np.ndarray) -> int:
         words = words.reshape(len(rows), math.prod(rows.shape[1:])).astype(np.uint64)
         odd = np.random.PCG64(0).random_raw(words.shape[1]) | np.uint64(1)
         mine = key[shard.index[0]] if shard.index else key
-        total += mine @ (words @ odd)
-    return int(total)
+        total += int(mine @ (words @ odd))
+    return total % 2**64
 
 
-def _lengthened(leaf: jax.ShapeDtypeStruct, length: int) -> jax.ShapeDtypeStruct:
-    length = execution.padded(length, len(leaf.sharding.device_set))
-    return jax.ShapeDtypeStruct(
-        (length, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding
-    )
+def _places(stored: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Find where each client `[n]` of `ids` is stored; for padding, any place."""
+    order = np.argsort(stored, kind="stable")
+    held = stored[order]
+    if not np.array_equal(held[held >= 0], np.sort(ids[ids >= 0])):
+        raise ValueError("it holds other clients")
+    return order[np.searchsorted(held, ids)]
+
+
+def _resized(part: PyTree, length: int) -> PyTree:
+    """Ask for the state of `length` clients, and more if devices have to share it."""
+
+    def resize(leaf):
+        whole = execution.padded(length, len(leaf.sharding.device_set))
+        shape = (whole, *leaf.shape[1:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(resize, part)
 
 
 def _moved(stored: PyTree, places: np.ndarray, like: PyTree) -> PyTree:
-    """Take the clients from their stored places, one leaf after another."""
+    """Put clients from their stored places into those of `like`, leaf after leaf."""
 
     def move(leaf, like):
         take = jax.jit(lambda leaf, at: leaf[at], out_shardings=like.sharding)

@@ -8,6 +8,7 @@ anything.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import socket
 import subprocess
@@ -71,6 +72,7 @@ def join(
             f"process {process_id} of {num_processes} could not join at {coordinator}: "
             f"in {_JOIN} s not every process came, or one came twice"
         )
+    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
     # Its handler would keep SIGTERM from ending the process.
     jax.config.update("jax_enable_preemption_service", False)
     try:
