@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import jax
 from absl import app, flags
 
 from fedgen import algorithms
@@ -103,7 +102,7 @@ def guard(
         work()
     except (ValueError, FloatingPointError) as error:
         _fail(error, 2 if isinstance(error, ValueError) else 1)
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if hosts.several():
             hosts.leave(error)
         raise

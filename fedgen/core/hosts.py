@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -156,10 +157,14 @@ def resume_from(where: str) -> None:
 
 
 def leave(error: Exception) -> NoReturn:
-    """End this process at once with a last word; the others have no time to lose."""
-    reason = str(error).strip().splitlines()[0][:200]
-    print(f"process {jax.process_index()}: {reason}", file=sys.stderr, flush=True)
+    """End this process at once for an error of its own; the others wait for it."""
+    # Losing another process is told in one line, anything else is worth a traceback.
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        print(str(error).strip().splitlines()[0][:200], file=sys.stderr)
+    else:
+        traceback.print_exception(error)
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(1)
 
 
