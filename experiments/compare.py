@@ -15,6 +15,7 @@ from absl import app, flags
 
 from experiments import run
 from experiments.seeds import SEEDS
+from fedgen.core import hosts
 from fedgen.runs import compare
 
 ALGORITHMS = flags.DEFINE_list(
@@ -45,11 +46,12 @@ def main(argv: Sequence[str]) -> None:
                 for name, values in run.read_grid(GRID.value).items()
             },
             folder,
-            rich.console.Console(stderr=True),
+            rich.console.Console(stderr=True, quiet=not hosts.is_first()),
         )
         table = compare.to_markdown(rows)
-        (folder / "comparison.md").write_text(table + "\n")
-        sys.stdout.write(table + "\n")
+        if hosts.is_first():
+            (folder / "comparison.md").write_text(table + "\n")
+            sys.stdout.write(table + "\n")
 
     run.guard(argv, work)
 

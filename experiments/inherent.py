@@ -205,7 +205,7 @@ def main(argv: Sequence[str]) -> None:
                 f"{'' if new is None else f'{new:.4f}'} |\n"
             )
 
-    run.guard(argv, work)
+    run.guard(argv, work, alone=True)
 
 
 if __name__ == "__main__":

@@ -638,7 +638,7 @@ def work() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Compare what the flags say."""
-    run.guard(argv, work)
+    run.guard(argv, work, alone=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax
 from absl import app, flags
 
 from fedgen import algorithms
-from fedgen.core import execution
+from fedgen.core import execution, hosts
 from fedgen.runs import experiment
 from fedgen.runs.config import Config
 
@@ -33,6 +33,18 @@ COMPILATION_CACHE = flags.DEFINE_bool(
     "compilation_cache",
     True,
     "Reuse compiled programs, in .jax_cache beside the folder of the run.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, for a run on several hosts; auto if SLURM, Kubernetes, "
+    "Open MPI or a TPU pod tells of it and of the other processes.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes that --coordinator waits for, one a host."
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of --num_processes this one is, from 0."
 )
 SET = flags.DEFINE_multi_string(
     "set", [], "name=value, a hyper-parameter of --algorithm; repeatable."
@@ -100,13 +112,20 @@ def main(argv: Sequence[str]) -> None:
         else:
             experiment.run(read_config(), WORKDIR.value, resume=RESUME.value)
 
-    guard(argv, work, can_dry_run=True)
+    guard(argv, work, alone=DRY_RUN.value, can_dry_run=True)
 
 
 def guard(
-    argv: Sequence[str], work: Callable[[], object], *, can_dry_run: bool = False
+    argv: Sequence[str],
+    work: Callable[[], object],
+    *,
+    alone: bool = False,
+    can_dry_run: bool = False,
 ) -> None:
-    """Do the work; exit with 2 for a wrong request, 1 for a failed training."""
+    """Do the work; exit with 2 for a wrong request, 1 for a failed training.
+
+    With `alone`, the work is none for several processes.
+    """
     try:
         if len(argv) > 1:
             raise ValueError(f"flags begin with --, got {' '.join(argv[1:])}")
@@ -116,10 +135,17 @@ def guard(
             jax.config.update("jax_enable_compilation_cache", False)
         # Where no accelerator is, JAX tells of every one that it looked for.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+        if alone and COORDINATOR.value is not None:
+            raise ValueError("coordinator must not be given here: one process does it")
         execution.use_cores()
+        hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         work()
     except (ValueError, FloatingPointError) as error:
         _fail(error, 2 if isinstance(error, ValueError) else 1)
+    except Exception as error:
+        if hosts.several():
+            hosts.leave(error)
+        raise
 
 
 def parse(argv: Sequence[str]) -> list[str]:

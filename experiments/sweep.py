@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         sys.stdout.write(sweep.to_markdown(result["rows"]))
         print(f"Runs: {result['workdir']}")
 
-    run.guard(argv, work)
+    run.guard(argv, work, alone=True)
 
 
 if __name__ == "__main__":

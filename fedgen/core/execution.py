@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from fedgen.core.algorithm import State
 from fedgen.core.federation import Federation, Rows
 
 AXIS = "clients"
+PyTree = Any
 
 
 class Execution(NamedTuple):
@@ -54,28 +55,45 @@ def read_chunk(chunk: int | str) -> int | None:
 def use_cores() -> None:
     """Make each CPU core a device, so that clients train side by side on them.
 
-    To be called before JAX is first used; it has no effect on other platforms.
+    To be called before JAX is first used; it has no effect on other platforms, nor if
+    the environment sets JAX_NUM_CPU_DEVICES.
     """
+    if jax.config.jax_num_cpu_devices > 0:
+        return
     # Not every system can tell which cores a process may use.
     mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     jax.config.update("jax_num_cpu_devices", len(mine))
 
 
 def make_mesh(num_devices: int) -> Mesh | None:
-    """Build a mesh over the first `num_devices` devices; None for one device.
+    """Build a mesh over `num_devices` devices; None for one device.
+
+    Every process gives as many, its first ones.
 
     Raises:
-      ValueError: If there are fewer devices.
+      ValueError: If there are fewer devices, or processes cannot give as many each.
     """
-    available = len(jax.devices())
+    available, processes = len(jax.devices()), jax.process_count()
     if not 1 <= num_devices <= available:
         raise ValueError(
             f"devices must be between 1 and the {available} available, got "
             f"{num_devices}"
         )
+    if num_devices % processes:
+        raise ValueError(
+            f"devices must be a multiple of the {processes} processes, got "
+            f"{num_devices}"
+        )
     if num_devices == 1:
         return None
-    devices = np.asarray(jax.devices()[:num_devices])
+    each = num_devices // processes
+    local = [jax.local_devices(process_index=i) for i in range(processes)]
+    if min(map(len, local)) < each:
+        raise ValueError(
+            f"devices must be {each} on each of the {processes} processes, got "
+            f"{', '.join(str(len(devices)) for devices in local)}"
+        )
+    devices = np.asarray([devices[:each] for devices in local]).reshape(-1)
     return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -89,7 +107,7 @@ def place(federation: Federation, mesh: Mesh | None) -> Federation:
     if mesh is None:
         return federation
     split = NamedSharding(mesh, PartitionSpec(AXIS))
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole = replicated(mesh)
 
     def deal(cohort):
         n = cohort.num_clients
@@ -103,16 +121,14 @@ def place(federation: Federation, mesh: Mesh | None) -> Federation:
 
         def pick(a, padding):
             dealt = np.where(slot >= 0, np.asarray(a)[slot], padding)
-            return jax.device_put(dealt.astype(a.dtype), split)
+            return _put(dealt.astype(a.dtype), split)
 
         return dataclasses.replace(
             cohort,
             ids=pick(cohort.ids, -1),
             # Padding, id -1, sorts first.
-            by_id=jax.device_put(
-                np.argsort(ids, kind="stable")[-n:].astype(np.int32), whole
-            ),
-            order=jax.device_put(cohort.order, whole),
+            by_id=_put(np.argsort(ids, kind="stable")[-n:].astype(np.int32), whole),
+            order=_put(cohort.order, whole),
             **{
                 name: Rows(*(pick(a, 0) for a in getattr(cohort, name)))
                 for name in ("train", "validation", "test")
@@ -121,10 +137,20 @@ def place(federation: Federation, mesh: Mesh | None) -> Federation:
 
     return dataclasses.replace(
         federation,
-        # From host memory, which the devices of a CPU then share.
-        pool=jax.device_put(jax.tree.map(np.asarray, federation.pool), whole),
-        public=jax.device_put(federation.public, whole),
+        pool=_put(federation.pool, whole),
+        public=_put(federation.public, whole),
         cohorts=tuple(deal(cohort) for cohort in federation.cohorts),
+    )
+
+
+def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Lay out arrays that every process holds whole."""
+    # From host memory, which the devices of a CPU then share.
+    tree = jax.tree.map(np.asarray, tree)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, sharding, a.__getitem__), tree
     )
 
 
@@ -132,8 +158,13 @@ def state_shardings(mesh: Mesh | None) -> State | None:
     """Return where the parts of a `State` lie: clients split, the rest whole."""
     if mesh is None:
         return None
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole = replicated(mesh)
     return State(whole, whole, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def replicated(mesh: Mesh | None) -> NamedSharding | None:
+    """Return where lies what every process reads: whole on each device."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def over_clients(fn: Callable, chunk: int) -> Callable:

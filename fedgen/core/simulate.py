@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedgen.core.algorithm import State
-from fedgen.core.execution import Execution, state_shardings
+from fedgen.core.execution import Execution, replicated, state_shardings
 from fedgen.core.federation import Federation
 from fedgen.core.rounds import Report, RoundFn
 
@@ -30,10 +30,11 @@ def make_block(
       `(state, federation, key, rounds [] int32) -> (state, reports [length, ...])`.
     """
     shardings = state_shardings(execution.mesh)
+    whole = replicated(execution.mesh)
     round_fn = jax.jit(round_fn, inline=True)  # traced once for its shapes and its use
 
     @functools.partial(
-        jax.jit, donate_argnums=0, out_shardings=shardings and (shardings, None)
+        jax.jit, donate_argnums=0, out_shardings=shardings and (shardings, whole)
     )
     def block(state, federation, key, rounds):
         shapes = jax.eval_shape(round_fn, state, federation, key)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -106,6 +107,15 @@ def build(config: Config, choose: Choose = by_platform) -> Setup:
         layout,
         chosen,
     )
+
+
+def fingerprint(setup: Setup) -> str:
+    """Hash what several processes must have read and dealt alike."""
+    federation, sha = setup.federation, hashlib.sha256()
+    order = [cohort.order for cohort in federation.cohorts]
+    for array in (*federation.pool, *order, setup.counts):
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()
 
 
 def build_algorithm(config: Config, name: str) -> Algorithm:

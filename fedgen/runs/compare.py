@@ -18,6 +18,7 @@ import rich.console
 import scipy.stats
 
 from fedgen import algorithms
+from fedgen.core import hosts
 from fedgen.runs import build, experiment
 from fedgen.runs import config as config_lib
 from fedgen.runs.config import Config
@@ -226,10 +227,16 @@ def _run(
 ) -> dict[str, Any]:
     """Run a configuration, or read what it gave before."""
     path = _path(config, folder)
-    summary = path / "summary.json"
-    if summary.exists():
-        return json.loads(summary.read_text())
-    return experiment.run(config, str(path), resume=path.exists(), console=console)
+    summary = hosts.decide(lambda: _text(path / "summary.json"))
+    if summary:
+        return json.loads(summary)
+    resume = bool(hosts.decide(lambda: "resume" if path.exists() else ""))
+    return experiment.run(config, str(path), resume=resume, console=console)
+
+
+def _text(path: pathlib.Path) -> str:
+    """Read a file, or nothing if there is none."""
+    return path.read_text() if path.exists() else ""
 
 
 def _validation(summary: dict[str, Any] | None) -> float:
@@ -243,12 +250,14 @@ def _try(
 ) -> dict[str, Any] | None:
     """Run a configuration; None if it diverged, which is an answer too."""
     record = _path(config, folder) / "diverged.txt"
-    if not record.exists():
+    reason = hosts.decide(lambda: _text(record)).strip()
+    if not reason:
         try:
             return _run(config, folder, console)
         except FloatingPointError as error:
-            record.write_text(f"{error}\n")
-    reason = record.read_text().strip()
+            reason = str(error)
+            if hosts.is_first():
+                record.write_text(f"{reason}\n")
     console.print(
         f"{config_lib.command(config)} diverged: {reason}; to try again, delete "
         f"{record.parent}",

@@ -13,6 +13,8 @@ from fedgen import algorithms, models
 from fedgen.data import partition, shift
 
 INHERENT = ("rotation", "class_groups")
+# How the work is laid out over time and devices; it only changes how sums are rounded.
+LAYOUT = ("chunk", "devices")
 _FLAGS = {"hyperparameters": "set"}  # Where a flag has another name than its field.
 
 
@@ -236,18 +238,24 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def short_hash(config: Config) -> str:
-    """Hash a configuration to eight hexadecimal digits."""
-    text = json.dumps(to_json(config), sort_keys=True)
+    """Hash a configuration, whatever its layout, to eight hexadecimal digits."""
+    layout = {name: getattr(Config(), name) for name in LAYOUT}
+    text = json.dumps(to_json(config) | layout, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def differences(config: Config, stored: dict[str, Any]) -> list[str]:
-    """List `--flag was A, is B` for every flag that differs from a stored run's."""
+    """List `--flag was A, is B` for every flag that differs from a stored run's.
+
+    The layout does not count: a run goes on under any.
+    """
+    # A flag that is younger than the run had its default.
+    stored = to_json(type(config)()) | stored
     return [
-        f"--{_FLAGS.get(name, name)} was {_show(stored.get(name)) or 'empty'}, "
+        f"--{_FLAGS.get(name, name)} was {_show(stored[name]) or 'empty'}, "
         f"is {_show(value) or 'empty'}"
         for name, value in to_json(config).items()
-        if stored.get(name) != value
+        if name not in LAYOUT and stored[name] != value
     ]
 
 

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax
 import rich.console
 import rich.progress
 
-from fedgen.core import compiling
+from fedgen.core import compiling, hosts
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.runs import budget, build, leg, probe, tables, workdir
 from fedgen.runs import config as config_lib
@@ -44,9 +45,13 @@ def run(
       ValueError: Before anything is written, if something asked for cannot be done.
       FloatingPointError: If a training diverged.
     """
-    console = console or rich.console.Console()
+    console = console or rich.console.Console(quiet=not hosts.is_first())
+    place = os.path.abspath(folder or "runs")
+    hosts.require_same("flags and workdir", f"{config} {place} {resume}")
     config.check()
-    path = workdir.claim(config, folder, resume)
+    path = pathlib.Path(
+        hosts.decide(lambda: str(workdir.claim(config, folder, resume)))
+    )
     with compiling.cached(workdir.programs(path)) as keep:
         setup, legs = _prepare(config, path, console)
         keep()
@@ -86,7 +91,11 @@ def _prepare(
 ) -> tuple[build.Setup, list[leg.Leg]]:
     """Read the data, choose the layout and compile all algorithms."""
     recipes = {name: build.build_algorithm(config, name) for name in config.legs}
-    setup = build.build(workdir.recorded(config, path), probe.choose)
+    setup = hosts.together(
+        lambda: build.build(workdir.recorded(config, path), probe.choose)
+    )
+    if hosts.several():
+        hosts.require_same("data", build.fingerprint(setup))
     chunk, devices = setup.execution.chunk or "all", setup.execution.num_devices
     count = f"{devices} device{'s' if devices > 1 else ''}"
     console.print(f"chunk {chunk} on {count} ({setup.layout})", style="dim")
@@ -95,8 +104,12 @@ def _prepare(
         console.status("compiling"),
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
-        legs = list(
-            pool.map(lambda item: leg.prepare(*item, setup, config), recipes.items())
+        legs = hosts.together(
+            lambda: list(
+                pool.map(
+                    lambda item: leg.prepare(*item, setup, config), recipes.items()
+                )
+            )
         )
     return setup, legs
 
@@ -109,15 +122,8 @@ def _train(
     console: rich.console.Console,
 ) -> dict[str, Any]:
     """Train one algorithm after another, and report."""
-    path.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(
-        path / "config.json",
-        {
-            "flags": config_lib.to_json(config),
-            "command": config_lib.command(config),
-            "environment": environment(setup),
-        },
-    )
+    hosts.decide(lambda: _write_config(path, config, setup))
+    hosts.together(lambda: _check_shared(path))
     results = {}
     with _Progress(console, config) as progress:
         for each in legs:
@@ -136,8 +142,7 @@ def _train(
         **results[config.algorithm].summary,
         "baselines": {name: results[name].summary for name in config.baselines},
     }
-    workdir.write_json(path / "summary.json", summary)
-    page = _write_report(path, config, summary, results, setup)
+    page = hosts.decide(lambda: _write_results(path, config, summary, results, setup))
     console.print(tables.comparison(summary))
     console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
     return {**summary, "workdir": str(path)}
@@ -182,21 +187,46 @@ def environment(setup: build.Setup) -> dict[str, Any]:
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": setup.execution.num_devices,
+        "processes": jax.process_count(),
         "chunk": setup.execution.chunk or "all",
         "layout": setup.layout,
     }
 
 
-def _write_report(
+def _write_config(path: pathlib.Path, config: Config, setup: build.Setup) -> str:
+    path.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(
+        path / "config.json",
+        {
+            "flags": config_lib.to_json(config),
+            "command": config_lib.command(config),
+            "environment": environment(setup),
+        },
+    )
+    return str(path)
+
+
+def _check_shared(path: pathlib.Path) -> None:
+    """Raise a `ValueError` if this process does not see what the first one wrote."""
+    if not (path / "config.json").exists():
+        raise ValueError(
+            f"workdir {path} must lie on a file system that all processes share, got "
+            f"one that process {jax.process_index()} does not see"
+        )
+
+
+def _write_results(
     path: pathlib.Path,
     config: Config,
     summary: dict[str, Any],
     results: dict[str, leg.Result],
     setup: build.Setup,
-) -> pathlib.Path:
+) -> str:
+    """Write the summary and the report, and return where that is."""
     # Matplotlib takes a second to load, which no training should wait for.
     from fedgen.runs import plots, report
 
+    workdir.write_json(path / "summary.json", summary)
     folder = path / "plots"
     folder.mkdir(exist_ok=True)
     history = {name: _history(result.lines) for name, result in results.items()}
@@ -217,9 +247,8 @@ def _write_report(
         "command": config_lib.command(config),
         "environment": environment(setup),
     }
-    return report.write_report(
-        path / "report.html", described, summary, history, figures
-    )
+    page = path / "report.html"
+    return str(report.write_report(page, described, summary, history, figures))
 
 
 def _history(lines: list[Line]) -> list[Line]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import os
 import pathlib
@@ -21,12 +22,12 @@ import tensorboardX
 from jax.sharding import SingleDeviceSharding
 
 from fedgen.core import evaluate as evaluate_lib
-from fedgen.core import participation, rounds, simulate
+from fedgen.core import hosts, participation, rounds, simulate
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.checkpoint import Checkpoints
 from fedgen.core.compiling import compile_ahead
 from fedgen.core.evaluate import Evaluation, Scores
-from fedgen.core.execution import Execution, state_shardings
+from fedgen.core.execution import Execution, replicated, state_shardings
 from fedgen.core.rounds import Report, Traffic
 from fedgen.runs import build, workdir
 from fedgen.runs.build import Setup
@@ -81,10 +82,14 @@ def prepare(name: str, algorithm: Algorithm, setup: Setup, config: Config) -> Le
         jnp.int32(length),
         quick=config.rounds <= SHORT,
     )
-    check_memory(name, block, execution.num_devices)
-    evaluate = jax.jit(make_evaluate(algorithm, execution, config))
+    local_devices = execution.num_devices // jax.process_count()
+    check_memory(name, block, local_devices)
+    evaluate = jax.jit(
+        make_evaluate(algorithm, execution, config),
+        out_shardings=replicated(execution.mesh),
+    )
     evaluate = compile_ahead(evaluate, like, federation, round_key, quick=True)
-    check_memory(name, evaluate, execution.num_devices)
+    check_memory(name, evaluate, local_devices)
     init = compile_ahead(init, init_key, federation, quick=True)
     return Leg(
         name,
@@ -124,7 +129,7 @@ def restore(
     like = jax.eval_shape(init, run_keys(config.seed)[0], setup.federation)
     place, reasons = folder.absolute() / "checkpoints", []
     if place.is_dir():
-        with Checkpoints(place) as checkpoints:
+        with Checkpoints(place, _ids(setup)) as checkpoints:
             found = checkpoints.restore(
                 _place(like, setup.execution), reasons.append, set_aside=False
             )
@@ -163,15 +168,18 @@ def train(
         checkpoints = None
         if config.checkpoint_every:
             checkpoints = stack.enter_context(
-                Checkpoints((folder / "checkpoints").absolute())
+                Checkpoints((folder / "checkpoints").absolute(), _ids(setup))
             )
         start = time.perf_counter()
         state, lines, spent = _begin(leg, checkpoints, metrics, warn)
         setup_seconds = time.perf_counter() - start
-        board = stack.enter_context(_write_board(folder / "tensorboard", lines))
+        board = None
+        if hosts.is_first():
+            board = stack.enter_context(_write_board(folder / "tensorboard", lines))
         for line in lines:
             progress(line)
         saved = int(state.round)
+        hosts.resume_from(f"round {saved} of {leg.name}")
 
         clock = _Clock(**spent)
         try:
@@ -192,15 +200,18 @@ def train(
                     evaluation = leg.evaluate(state, setup.federation, evaluate_key)
                     new[-1] |= evaluation_line(leg.algorithm, evaluation, done)
                     clock.lap("evaluation")
-                workdir.append_lines(metrics, new)
                 lines += new
+                if board:
+                    workdir.append_lines(metrics, new)
                 for line in new:
-                    _write_events(board, line)
+                    if board:
+                        _write_events(board, line)
                     progress(line)
                 if checkpoints and (last or done % config.checkpoint_every == 0):
                     clock.lap("steady")
                     checkpoints.save(state, {"seconds": clock.seconds})
                     saved = done
+                    hosts.resume_from(f"round {saved} of {leg.name}")
         except FloatingPointError as error:
             where = (
                 f"the last good checkpoint is of round {saved}, in {folder}/checkpoints"
@@ -251,6 +262,11 @@ def _place(shapes: State, execution: Execution) -> State:
     return State(*map(place, shardings, shapes))
 
 
+def _ids(setup: Setup) -> list[np.ndarray]:
+    """Return the ids of clients by cohort, in the order of their state."""
+    return [hosts.fetch(cohort.ids) for cohort in setup.federation.cohorts]
+
+
 def _begin(
     leg: Leg,
     checkpoints: Checkpoints | None,
@@ -258,12 +274,14 @@ def _begin(
     warn: Callable[[str], None],
 ) -> tuple[State, list[Line], dict[str, float]]:
     """Return the state to train on from, its lines, and the seconds spent on it."""
-    lines = workdir.read_lines(metrics)
+    # As the first process sees them, which writes them.
+    lines = json.loads(hosts.decide(lambda: json.dumps(workdir.read_lines(metrics))))
     found = checkpoints and checkpoints.restore(leg.like, warn, len(lines))
     state, seconds = (found[0], found[1]["seconds"]) if found else (leg.init(), {})
     jax.block_until_ready(state)
     lines = lines[: int(state.round)]
-    workdir.write_lines(metrics, lines)
+    if hosts.is_first():
+        workdir.write_lines(metrics, lines)
     return state, lines, seconds
 
 

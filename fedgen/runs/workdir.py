@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
 from typing import Any
-
-import jax
 
 from fedgen.runs import config as config_lib
 from fedgen.runs.config import Config
@@ -40,9 +37,7 @@ def claim(
                 "or a new folder"
             )
         return path
-    devices = config.devices or min(stored["devices"], len(jax.devices()))
-    placed = dataclasses.replace(config, devices=devices)
-    changed = config_lib.differences(placed, stored)
+    changed = config_lib.differences(config, stored)
     if changed:
         verb = "cannot resume" if resume else "workdir holds another configuration"
         raise ValueError(f"{verb}: {path} differs in {'; '.join(changed)}")
@@ -57,16 +52,19 @@ def claim(
 def recorded(config: Config, path: pathlib.Path) -> Config:
     """Replace the layout by that of the run in the folder, if there is one.
 
-    Chunk and devices decide how sums are rounded; a resumed run must not choose anew.
+    Chunk and devices decide how sums are rounded, so a resumed run does not choose
+    anew. Flags that name a layout count, and the devices have to be there.
     """
     record = path / "config.json"
     if _stored(record) is None:
         return config
     was = json.loads(record.read_text())["environment"]
+    same = was.get("processes", 1) == jax.process_count()
+    fits = same and was["devices"] <= len(jax.devices())
     return dataclasses.replace(
         config,
-        devices=was["devices"],
-        chunk=was.get("chunk", config.chunk),
+        devices=config.devices or (was["devices"] if fits else 0),
+        chunk=was.get("chunk", "auto") if config.chunk == "auto" else config.chunk,
     )
 
 
@@ -118,9 +116,7 @@ def _stored(file: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text())
-        stored = dict(content["flags"])
-        # Clients are dealt to devices, so a state only fits as many as it had.
-        stored["devices"] = content["environment"]["devices"]
+        stored, _ = (dict(content[part]) for part in ("flags", "environment"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not the {file.name} of a run: {error!r}") from None
     return stored

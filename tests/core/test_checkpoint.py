@@ -123,7 +123,7 @@ def test_a_changed_array_in_sound_files_is_found(saved, tmp_path):
         checkpoints.save(states[1], {})
         other = states[2]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fedgen.core.checkpoint.digest", lambda _: digest(states[1]))
+            patch.setattr("fedgen.core.checkpoint.digest", lambda *_: digest(states[1]))
             checkpoints.save(other, {})
     (state, _), warnings = restore(tmp_path, states[3])
     assert int(state.round) == 1
@@ -180,6 +180,56 @@ def test_what_a_kill_left_of_a_save_is_cleared_away(saved, copy):
     assert not half.exists()
     (state, _), _ = restore(copy, states[1])
     assert digest(state) == digest(make_state(4))
+
+
+def deal(state, ids, devices):
+    """Put the clients of a state, who lie in order, into the places of `ids`."""
+    mesh = execution.make_mesh(devices)
+    clients = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[ids]), state.clients)
+    state = jax.tree.map(np.asarray, state._replace(clients=clients))
+    if mesh is None:
+        return jax.device_put(state, jax.devices()[0])
+    return State(*map(jax.device_put, state, execution.state_shardings(mesh)))
+
+
+@pytest.mark.parametrize(
+    ("ids", "devices"),
+    [
+        ([0, 1, 2, 3, 4], 1),
+        ([4, 2, 0, 3, 1], 1),
+        ([4, 0, 3, 1, 2, -1], 2),
+        ([1, -1, 3, 2, 4, -1, 0, -1], 2),
+    ],
+)
+def test_clients_are_found_again_under_any_layout(tmp_path, ids, devices):
+    state, before = make_state(1), np.array([3, 1, -1, 0, 2, 4, -1])
+    with Checkpoints(tmp_path, [before, np.array([])]) as checkpoints:
+        checkpoints.save(deal(state, before, 1), {})
+    ids = np.array(ids)
+    like = deal(state, ids, devices)
+    with Checkpoints(tmp_path, [ids, np.array([])]) as checkpoints:
+        found, info = checkpoints.restore(like, pytest.fail)
+    leaf, expected = found.clients[0]["head"], like.clients[0]["head"]
+    assert leaf.sharding == expected.sharding and leaf.dtype == expected.dtype
+    np.testing.assert_array_equal(leaf[ids >= 0], expected[ids >= 0])
+    # The digest goes by the ids, wherever they lie.
+    assert digest(found, [ids, np.array([])]) == info["digest"]
+    moved = found._replace(clients=({"head": jnp.roll(leaf, 1, axis=0)}, ()))
+    assert digest(moved, [ids, np.array([])]) != info["digest"]
+
+
+def test_other_clients_are_refused(tmp_path):
+    state = make_state(1)
+    with Checkpoints(tmp_path, [np.arange(6), np.array([])]) as checkpoints:
+        checkpoints.save(state, {})
+    for ids, reason in (
+        (np.array([0, 1, 2, 3, 4, -1]), "other clients"),
+        (np.array([0, 1, 2, 3, 4, 6]), "other clients"),
+    ):
+        warnings = []
+        with Checkpoints(tmp_path, [ids, np.array([])]) as checkpoints:
+            found = checkpoints.restore(state, warnings.append, set_aside=False)
+        assert found is None and reason in warnings[0]
 
 
 BASE = State(np.int32(3), {"a": np.ones((2, 3), np.float32)}, ((), np.zeros(4)))

@@ -53,15 +53,11 @@ def test_another_configuration_is_refused_and_the_flag_named(tmp_path, resume):
         workdir.claim(other, str(tmp_path), resume)
 
 
-def test_a_state_laid_out_over_other_devices_is_refused(tmp_path):
-    here = len(jax.devices())
-    write_config(tmp_path, devices=here + 1)
-    with pytest.raises(ValueError, match=f"--devices was {here + 1}, is {here}"):
-        workdir.claim(CONFIG, str(tmp_path), True)
-    # All devices, or as many by name: the same run.
-    write_config(tmp_path)
-    named = dataclasses.replace(CONFIG, devices=here)
-    assert workdir.claim(named, str(tmp_path), True) == tmp_path
+def test_another_layout_is_the_same_run(tmp_path):
+    write_config(tmp_path, devices=len(jax.devices()) + 1)
+    other = dataclasses.replace(CONFIG, devices=2, chunk=4)
+    assert workdir.claim(other, str(tmp_path), True) == tmp_path
+    assert config_lib.short_hash(other) == config_lib.short_hash(CONFIG)
 
 
 @pytest.mark.parametrize(
