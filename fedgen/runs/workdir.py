@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 from typing import Any
+
+import jax
 
 from fedgen.runs import config as config_lib
 from fedgen.runs.config import Config
