@@ -33,7 +33,6 @@ from jax import lax
 from fedgen.core.federation import Model, Params
 
 Padding = str | int | Sequence[tuple[int, int]]
-_FEW_CHANNELS = 4  # to which XLA:CPU's convolution is slower than slices
 
 
 @jax.custom_jvp
@@ -101,14 +100,16 @@ def _suits_library(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> b
 
     On CPU it is up to three times faster than slices, in a form without dilation, which
     `_correlate` keeps its gradients in. It has a kernel for float32 only. With few
-    channels, or a kernel of one position, there is little to copy and slices win.
+    channels on both sides, or one position in the kernel, there is little to copy and
+    slices win.
     """
+    channels, features = kernel.shape[2:]
     return (
         jax.default_backend() == "cpu"
         and x.dtype == kernel.dtype == jnp.float32
         and tuple(strides) == (1, 1)
         and kernel.shape[:2] != (1, 1)
-        and x.shape[-1] > _FEW_CHANNELS
+        and (channels > 4 or features >= 32)
     )
 
 
