@@ -166,7 +166,8 @@ def _by_slices(
 ) -> jax.Array:
     """Correlate by static slices and one matrix product."""
     window, features = kernel.shape[:2], kernel.shape[-1]
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    edges = ((0, 0), *pads, (0, 0))  # maybe negative, which `lax.pad` cuts off
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(*edge, 0) for edge in edges])
     high, wide = (
         (n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True)
     )
@@ -269,7 +270,7 @@ def convolve_pool(
         for shift in (0, 1)
     ]
     twin = jnp.stack(twins, axis=3).reshape(high, span, 2 * channels, 2 * features)
-    y = convolve(x, twin, padding="VALID")
+    y = _by_slices(x, twin, (1, 1), ((0, 0),) * 2)
     return max_pool(y.reshape(*y.shape[:2], 2 * pairs, features))
 
 
@@ -322,7 +323,7 @@ def convolve_transposed(
 
 
 class Conv(nn.Module):
-    """`flax.linen.Conv` for images, as slices and one matrix product.
+    """`flax.linen.Conv` for images, in whichever form is fast.
 
     Attributes:
       features: Number of output channels.

@@ -1,12 +1,15 @@
-"""Plain JAX, as one writes it for one experiment: clients in a loop, or `vmap`.
+"""Plain JAX, as one writes it for one experiment.
 
-`--mode`: `loop`, a Python loop over clients with a jitted scan over steps; `serial`, a
+`--mode`: `scan`, a scan over clients and steps on every device, of which each core is
+one; `loop`, a Python loop over clients with a jitted scan over steps; `serial`, a
 Python loop over steps as well; `vmap`, one jitted program over all clients. A scan over
 steps convolves by slices, since `lax.conv` is slow in loops on a CPU; a single step by
 `lax.conv`, where that is the faster; and `vmap` by `lax.conv` as well, for it is naive.
 """
 
 from __future__ import annotations
+
+import functools
 
 import common
 import jax
@@ -18,6 +21,8 @@ def main() -> None:
     """Run the workload's rounds."""
     args = common.arguments()
     events = common.Events(args.folder)
+    if args.mode == "scan":
+        jax.config.update("jax_num_cpu_devices", args.processes)
     workload = common.Workload(args.workload)
     naive = args.mode in ("serial", "vmap")
     convolution = jax_nets.convolve if naive else jax_nets.convolve_slices
@@ -42,6 +47,13 @@ def main() -> None:
     def visit(total, params, rows, pool):
         return add(total, train(params, rows, pool))
 
+    @functools.partial(jax.jit, donate_argnums=0)
+    def visit_all(total, params, rows, pool):
+        def one(total, rows):
+            return add(total, train(params, rows, pool)), None
+
+        return jax.lax.scan(one, total, rows)[0]
+
     @jax.jit
     def together(params, rows, pool):
         trained = jax.vmap(train, (None, 0, None))(params, rows, pool)
@@ -53,11 +65,27 @@ def main() -> None:
     )
     rows = jax.device_put(workload.rows)
     params = jax.device_put(workload.params)
-    jax.block_until_ready((pool, rows, params))
+    here = jax.devices()
+    pools = [jax.device_put(pool, device) for device in here]
+    parts = [
+        [jax.device_put(drawn[i :: len(here)], here[i]) for i in range(len(here))]
+        for drawn in rows
+    ]
+    jax.block_until_ready((pools, parts, rows, params))
     events.ready("jax", "jaxlib")
-    for drawn in rows:
+    for drawn, part in zip(rows, parts, strict=True):
         if args.mode == "vmap":
             params = together(params, drawn, pool)
+        elif args.mode == "scan":
+            totals = []
+            for device, mine, own in zip(here, part, pools, strict=True):
+                start = jax.device_put(params, device)
+                nothing = jax.tree_util.tree_map(jnp.zeros_like, start)
+                totals.append(visit_all(nothing, start, mine, own))
+            total = jax.device_put(totals[0], here[0])
+            for other in totals[1:]:
+                total = jitted_add(total, jax.device_put(other, here[0]))
+            params = mean(total)
         else:
             total = jax.tree_util.tree_map(jnp.zeros_like, params)
             for of_client in drawn:

@@ -52,7 +52,7 @@ def jax_rates(a, b, flops):
     def loop(a, b):
         # The factor depends on the last product, which keeps it inside the loop.
         def body(_, carry):
-            return (a * (1 + 1e-30 * carry[0, 0])) @ b
+            return a @ (b * (1 + 1e-30 * carry[0, 0]))
 
         return jax.lax.fori_loop(0, loops, body, a @ b)
 
