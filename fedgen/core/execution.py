@@ -58,11 +58,15 @@ def use_cores() -> None:
     To be called before JAX is first used; it has no effect on other platforms, nor if
     the environment sets JAX_NUM_CPU_DEVICES.
     """
-    if jax.config.jax_num_cpu_devices > 0:
-        return
-    # Not every system can tell which cores a process may use.
-    mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    jax.config.update("jax_num_cpu_devices", len(mine))
+    if jax.config.jax_num_cpu_devices <= 0:
+        jax.config.update("jax_num_cpu_devices", num_cores())
+
+
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    # Not every system can tell.
+    mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return len(mine(0))
 
 
 def make_mesh(num_devices: int) -> Mesh | None:

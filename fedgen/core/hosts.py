@@ -90,6 +90,12 @@ def join(
             f"coordinator auto found no cluster to tell of the processes ({error}); "
             "name --coordinator=HOST:PORT, --num_processes and --process_id"
         ) from error
+    each = [len(jax.local_devices(process_index=i)) for i in range(jax.process_count())]
+    if len(set(each)) > 1:
+        raise ValueError(
+            f"every process must have as many devices as the others, got {each}; on "
+            "CPUs set JAX_NUM_CPU_DEVICES"
+        )
     resume_from("the start")
 
 
@@ -163,6 +169,8 @@ def leave(error: Exception) -> NoReturn:
         print(str(error).strip().splitlines()[0][:200], file=sys.stderr)
     else:
         traceback.print_exception(error)
+        if _witness is not None:
+            _bear_witness("")  # The reason has been told.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

@@ -134,4 +134,8 @@ def _cohort(model: Model, ids: np.ndarray, split: Split) -> Cohort:
         validation=rows(split.validation),
         test=rows(split.test),
         num_real=len(ids),
+        # Who is drawn depends on ids, not on places.
+        by_id=None
+        if np.all(np.diff(ids) > 0)
+        else jnp.asarray(np.argsort(ids, kind="stable"), jnp.int32),
     )

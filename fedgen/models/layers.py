@@ -7,8 +7,8 @@ one place that chooses:
 
 * On CPU, XLA's convolution with gradients that are turned into plain correlations
   again (`_correlate`). It copies no patches. Inside a loop it runs on one thread, so
-  every core should be a device (`fedgen.core.execution.use_cores`). Stacked clients
-  take turns.
+  every core should be a device (`fedgen.core.execution.use_cores`); where a device has
+  many cores, slices use them all. Stacked clients take turns.
 * Elsewhere, and where channels are few, static slices and one matrix product, which
   `vmap` batches. Two measures bring it close to the speed of the products alone:
   `_product` fixes the orientation of the product that gives the kernel's gradient, and
@@ -30,9 +30,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fedgen.core import execution
 from fedgen.core.federation import Model, Params
 
 Padding = str | int | Sequence[tuple[int, int]]
+_CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
 
 
 @jax.custom_jvp
@@ -110,6 +112,7 @@ def _suits_library(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> b
         and tuple(strides) == (1, 1)
         and kernel.shape[:2] != (1, 1)
         and (channels > 4 or features >= 32)
+        and execution.num_cores() <= _CORES * jax.local_device_count()
     )
 
 

@@ -117,7 +117,11 @@ class Budget(NamedTuple):
 def estimate(leg: Leg, setup: Setup, config: Config) -> Estimate:
     """Measure one round and one evaluation, and read off the sizes."""
     _, round_key, evaluate_key = leg_lib.run_keys(config.seed)
-    federation, devices = setup.federation, setup.execution.num_devices
+    federation = setup.federation
+    # The devices of a CPU share one memory; of others, one is told of.
+    shared = jax.default_backend() == "cpu"
+    devices = setup.execution.num_devices if shared else 1
+    parts = 1 if shared else setup.execution.num_devices
     state = jax.block_until_ready(leg.init())
     start = time.perf_counter()
     jax.block_until_ready(leg.evaluate(state, federation, evaluate_key))
@@ -129,10 +133,10 @@ def estimate(leg: Leg, setup: Setup, config: Config) -> Estimate:
     evaluation_seconds = evaluated - start
     (line,) = leg_lib.round_lines(leg, jax.tree.map(lambda a: a[:1], reports), 1)
     evaluations = -(-config.rounds // config.eval_every)
-    copied = config.checkpoint_every and jax.default_backend() == "cpu"
+    copied = config.checkpoint_every and shared
     return Estimate(
         pool=tree.num_bytes((federation.pool, federation.cohorts)),
-        clients=tree.num_bytes(leg.like.clients),
+        clients=tree.num_bytes(leg.like.clients) // parts,
         server=tree.num_bytes(leg.like.server),
         chunk=devices * _working_bytes(leg.block),
         evaluation=devices * _working_bytes(leg.evaluate),

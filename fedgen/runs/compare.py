@@ -140,15 +140,16 @@ def to_markdown(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row.name} | {100 * row.per_seed.mean():.1f} "
             f"({', '.join(f'{100 * a:.1f}' for a in row.per_seed)}) | "
-            f"{_percent(row.received) + ' | ' if both else ''}"
+            f"{percent(row.received) + ' | ' if both else ''}"
             f"{100 * row.worst_decile:.1f} | "
-            f"{_percent(row.global_accuracy)} | {gap} | "
+            f"{percent(row.global_accuracy)} | {gap} | "
             f"{', '.join(f'{k}={v}' for k, v in row.chosen.items())} |"
         )
     return "\n".join(lines)
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """Write a share in %; nothing for None."""
     return "" if value is None else f"{100 * value:.1f}"
 
 

@@ -92,7 +92,9 @@ class Config:
     seed: int = _flag(0, "Seed of the data, the weights and the training.")
     eval_every: int = _flag(2, "Rounds between evaluations.")
     eval_clients: int = _flag(
-        0, "Clients to evaluate, drawn once for the whole run; 0: all."
+        0,
+        "Clients to evaluate, drawn once for the whole run, the same share of every "
+        "model's; 0: all.",
     )
     checkpoint_every: int = _flag(2, "Rounds between checkpoints; 0 writes none.")
     chunk: int | str = _flag(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,8 @@ import rich.progress
 
 from fedgen.core import compiling, hosts
 from fedgen.core.algorithm import Algorithm, State
+from fedgen.core.execution import Execution
+from fedgen.core.federation import Federation
 from fedgen.runs import budget, build, leg, probe, tables, workdir
 from fedgen.runs import config as config_lib
 from fedgen.runs.config import Config
@@ -53,8 +57,10 @@ def run(
         hosts.decide(lambda: str(workdir.claim(config, folder, resume)))
     )
     with compiling.cached(workdir.programs(path)) as keep:
-        setup, legs = _prepare(config, path, console)
+        setup, legs = _prepare(config, path, console, found := [])
         keep()
+        for write in found:
+            write()
         summary = _train(config, path, setup, legs, console)
         keep()
     return summary
@@ -80,22 +86,31 @@ def dry_run(
     config.check()
     path = workdir.claim(config, folder, resume=False)
     with compiling.cached(workdir.programs(path)):
-        setup, legs = _prepare(config, path, console)
+        setup, legs = _prepare(config, path, console, [])
         told = budget.tell(legs, setup, config)
     console.print(budget.to_table(told))
     return told
 
 
 def _prepare(
-    config: Config, path: pathlib.Path, console: rich.console.Console
+    config: Config,
+    path: pathlib.Path,
+    console: rich.console.Console,
+    later: list[Callable[[], None]],
 ) -> tuple[build.Setup, list[leg.Leg]]:
-    """Read the data, choose the layout and compile all algorithms."""
+    """Read the data, choose the layout and compile all algorithms.
+
+    What a probe found is written down by what `later` gets.
+    """
     recipes = {name: build.build_algorithm(config, name) for name in config.legs}
-    setup = hosts.together(
-        lambda: build.build(workdir.recorded(config, path), probe.choose)
-    )
+    choose = functools.partial(probe.choose, later=later)
+    if (path / "config.json").exists():
+        choose = _as_before
+    setup = hosts.together(lambda: build.build(workdir.recorded(config, path), choose))
     if hosts.several():
         hosts.require_same("data", build.fingerprint(setup))
+    # Not in the threads below: it may compute with all processes.
+    recipes = {name: each.prepared(setup.federation) for name, each in recipes.items()}
     chunk, devices = setup.execution.chunk or "all", setup.execution.num_devices
     count = f"{devices} device{'s' if devices > 1 else ''}"
     console.print(f"chunk {chunk} on {count} ({setup.layout})", style="dim")
@@ -112,6 +127,11 @@ def _prepare(
             )
         )
     return setup, legs
+
+
+def _as_before(config: Config, federation: Federation) -> tuple[Execution, str]:
+    """Lay clients out as the run that is resumed did."""
+    return build.by_platform(config, federation)[0], "as before"
 
 
 def _train(
@@ -172,7 +192,9 @@ def load(folder: str | pathlib.Path) -> Finished:
     if foreign := set(stored) - known:
         raise ValueError(f"{path} is of another version, with flags {sorted(foreign)}")
     config = Config(**{**stored, "baselines": tuple(stored["baselines"])})
-    setup = build.build(workdir.recorded(config, path))
+    # On the devices of the record if they are here, and on those that are if not.
+    anywhere = dataclasses.replace(config, devices=0)
+    setup = build.build(workdir.recorded(anywhere, path))
     return Finished(config, setup, *leg.restore(config.algorithm, setup, config, path))
 
 

@@ -334,7 +334,8 @@ def check_memory(name: str, compiled: Any, num_devices: int) -> None:
         needed *= num_devices
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        available = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", needed)
+        stats = jax.local_devices()[0].memory_stats() or {}
+        available = stats.get("bytes_limit", needed)
     if needed > available:
         raise ValueError(
             f"{name} would need {needed / 2**30:.1f} GiB for a chunk of clients, and "

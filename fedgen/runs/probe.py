@@ -8,6 +8,7 @@ of a run. What is chosen changes how sums are rounded, and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -41,8 +42,18 @@ _RATE = {"cpu": 5e10}
 _FAST = 1e13
 
 
-def choose(config: Config, federation: Federation) -> tuple[Execution, str]:
+def choose(
+    config: Config,
+    federation: Federation,
+    later: list[Callable[[], None]] | None = None,
+) -> tuple[Execution, str]:
     """Lay clients out as the flags say, else as a probe does if that is worth while.
+
+    Args:
+      config: What is asked for.
+      federation: Whose clients are laid out.
+      later: Gets what writes down what a probe found, for a run that may yet be
+        refused; None writes it now.
 
     Returns:
       The layout, and in words who chose it.
@@ -57,10 +68,16 @@ def choose(config: Config, federation: Federation) -> tuple[Execution, str]:
         if budget < _WORTH:
             return build.by_platform(config, federation)
         chunks, devices = candidates(config, federation)
-        count = None if "all" in chunks else max(chunks) * max(devices)
+        count = _participants(config, federation)
+        if "all" not in chunks:
+            count = min(count, max(chunks) * max(devices))
         seconds = search(timer(config, federation, count), chunks, devices, budget)
         found, chosen = min(seconds, key=seconds.get), "a probe"
-        _write(path, found, seconds)
+        write = functools.partial(_write, path, found, seconds)
+        if later is None:
+            write()
+        else:
+            later.append(write)
     chunk, devices = found
     mesh = execution.make_mesh(devices)
     return Execution(execution.read_chunk(chunk), mesh), chosen
@@ -70,12 +87,18 @@ def candidates(config: Config, federation: Federation) -> tuple[list[Chunk], lis
     """Return the chunks and the numbers of devices to try, the likeliest first."""
     here = len(jax.devices())
     devices = [config.devices or here]
-    n = min(cohort.num_clients for cohort in federation.cohorts) // devices[0]
+    n = _participants(config, federation) // devices[0]
     if jax.default_backend() == "cpu":
         if not config.devices and here > 1:
             devices.append(1)
         return [chunk for chunk in (1, 2, 5, 10) if chunk <= max(n, 1)], devices
     return ["all", *(n // 2**i for i in range(1, 7) if n >= 2**i)], devices
+
+
+def _participants(config: Config, federation: Federation) -> int:
+    """Count the participants of a round, in the smallest cohort."""
+    counts = [cohort.num_clients for cohort in federation.cohorts]
+    return max(1, round(config.participation * min(counts)))
 
 
 def search(
@@ -137,7 +160,7 @@ def _step_operations(model: Any, shape: tuple[int, ...]) -> float:
     return (gradient.lower(params, x).cost_analysis() or {}).get("flops", 0.0)
 
 
-def timer(config: Config, federation: Federation, count: int | None) -> Measure:
+def timer(config: Config, federation: Federation, count: int) -> Measure:
     """Return what times a few local steps of `count` clients of every cohort."""
     few = _first_clients(federation, count)
     short = dataclasses.replace(config, local_steps=_STEPS)
@@ -163,7 +186,7 @@ def timer(config: Config, federation: Federation, count: int | None) -> Measure:
     return measure
 
 
-def _first_clients(federation: Federation, count: int | None) -> Federation:
+def _first_clients(federation: Federation, count: int) -> Federation:
     """Keep the first clients of every cohort, numbered from 0."""
 
     def cut(cohort: Cohort) -> Cohort:
@@ -186,6 +209,7 @@ def _key(config: Config, federation: Federation) -> str:
         "algorithm": [config.algorithm, config.hyperparameters],
         "batch": [config.batch_size, *federation.pool.x.shape[1:]],
         "models": [(c.model.name, c.num_clients) for c in federation.cohorts],
+        "participation": config.participation,
         "devices": [config.devices, len(jax.devices()), jax.devices()[0].device_kind],
         "machine": [platform.node(), platform.machine(), os.cpu_count()],
         "jax": jax.__version__,

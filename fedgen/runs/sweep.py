@@ -495,7 +495,10 @@ def train(
     with contextlib.ExitStack() as stack:
         kept = None
         if config.checkpoint_every:
-            kept = stack.enter_context(Checkpoints(checkpoints.absolute()))
+            # To a checkpoint runs are what clients are in one run.
+            ids = np.arange(group.num_runs)
+            ids[len(points) :] = -1
+            kept = stack.enter_context(Checkpoints(checkpoints.absolute(), [ids]))
         state, done, lines = _begin(leg, kept, files, warn)
         progress(done * len(points))
         while done < config.rounds and not all(map(_diverged, lines)):
@@ -516,7 +519,7 @@ def train(
                     workdir.append_lines(file, new)
                     mine += new
             if kept and (last or done % config.checkpoint_every == 0):
-                kept.save(State(jnp.int32(done), state, ()), {})
+                kept.save(State(jnp.int32(done), (), (state,)), {})
             progress((done - start) * len(points))
         if evaluation is None:
             evaluation = leg.evaluate(state)
@@ -542,11 +545,10 @@ def _begin(
     known = min((len(mine) for mine in lines if not _diverged(mine)), default=None)
     state, done = None, 0
     if checkpoints is not None:
-        # What the runs share is their round; the rest lies like a server's state.
         one = SingleDeviceSharding(jax.devices()[0])
-        like = State(jax.ShapeDtypeStruct((), jnp.int32, sharding=one), leg.like, ())
+        like = State(jax.ShapeDtypeStruct((), jnp.int32, sharding=one), (), (leg.like,))
         if found := checkpoints.restore(like, warn, known):
-            done, state = int(found[0].round), found[0].server
+            done, state = int(found[0].round), found[0].clients[0]
     if state is None:
         state = leg.init()
     lines = [mine[:done] for mine in lines]
@@ -651,15 +653,11 @@ def to_markdown(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 *row["settings"].values(),
-                _percent(row["validation_accuracy"]),
-                _percent(accuracy["mean"]) + spread,
-                _percent(row["worst_decile"]),
-                _percent(row["global_accuracy"]),
+                compare.percent(row["validation_accuracy"]),
+                compare.percent(accuracy["mean"]) + spread,
+                compare.percent(row["worst_decile"]),
+                compare.percent(row["global_accuracy"]),
                 note,
             ]
         )
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"

@@ -62,6 +62,8 @@ def recorded(config: Config, path: pathlib.Path) -> Config:
     if _stored(record) is None:
         return config
     was = json.loads(record.read_text())["environment"]
+    if was["platform"] != jax.default_backend():
+        return config
     same = was.get("processes", 1) == jax.process_count()
     fits = same and was["devices"] <= len(jax.devices())
     return dataclasses.replace(
@@ -137,8 +139,9 @@ def _check_place(path: pathlib.Path) -> None:
 
 
 def _unfinished(path: pathlib.Path, record: str) -> bool:
-    """Tell whether a run was killed before its record was in place."""
-    return all(file.name == f"{record}.partial" for file in path.iterdir())
+    """Tell whether nothing is there that a run or its neighbours did not begin."""
+    ours = {f"{record}.partial", programs(path / "a run").name}
+    return all(file.name in ours for file in path.iterdir())
 
 
 def _choose(config: Config, resume: bool) -> pathlib.Path:
