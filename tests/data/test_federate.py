@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedgen.core import participation
 from fedgen.core.federation import Data, Model
 from fedgen.data.federate import federate
 from fedgen.data.partition import Split, partition, split
@@ -116,3 +117,13 @@ def test_parts_must_have_one_entry_per_client():
     bad = Split(SPLIT.order, SPLIT.train, SPLIT.validation, short)
     with pytest.raises(ValueError, match="one entry per client"):
         federate(SOURCE, bad, A)
+
+
+def test_who_is_drawn_does_not_depend_on_the_order_of_clients():
+    draw = participation.uniform(0.5)
+    drawn = []
+    for clients in (np.arange(7), np.array([3, 6, 0, 5, 1, 4, 2])):
+        federation = federate(SOURCE, SPLIT, model("m"), clients=clients)
+        (chosen,) = draw(jax.random.key(0), federation)
+        drawn.append(federation.cohorts[0].ids[chosen.slot].tolist())
+    assert drawn[0] == drawn[1]

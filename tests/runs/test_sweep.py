@@ -73,7 +73,7 @@ def files_of(folder):
 def digest_of(case, folder):
     with Checkpoints((folder / "checkpoints").absolute()) as checkpoints:
         found, _ = checkpoints.restore(
-            State(jax.numpy.int32(0), case.group.leg.like, ()), pytest.fail
+            State(jax.numpy.int32(0), (), (case.group.leg.like,)), pytest.fail
         )
     assert int(found.round) == ROUNDS
     return digest(found)
@@ -204,6 +204,16 @@ def test_killed_and_resumed_equals_never_killed(case, tmp_path, round_):
     train(case, tmp_path)
     assert files_of(tmp_path) == case.files
     assert digest_of(case, tmp_path) == case.digest
+
+
+def test_a_sweep_goes_on_under_any_devices(case, tmp_path):
+    """Two devices hold a sixth run, as padding; one device does not."""
+    shutil.copytree(case.folder, tmp_path, dirs_exist_ok=True)
+    alone = sweep.prepare(case.points, case.setups, 1)
+    assert alone.num_runs == 5 and case.group.num_runs == 6
+    idle = alone._replace(leg=alone.leg._replace(block=pytest.fail))
+    train(case, tmp_path, idle)
+    assert files_of(tmp_path) == case.files
 
 
 def test_a_finished_group_is_only_evaluated_again(case, tmp_path):
