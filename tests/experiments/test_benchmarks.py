@@ -50,7 +50,7 @@ def test_it_prints_a_row_for_every_way(capsys):
 def toy(wrong: float = 0.0) -> aggregators.Case:
     return aggregators.Case(
         "doubling",
-        (np.float32(2), np.arange(20, dtype=np.float32).reshape(10, 2)),
+        (np.float32(2), np.arange(20_000, dtype=np.float32).reshape(10, -1)),
         (False, True),
         {"ours": lambda two, x: (two * x,)},
         {"loop": lambda two, x: (two * x + wrong,)},
@@ -63,9 +63,10 @@ def test_a_loop_over_some_clients_counts_for_all():
     assert (ours.way, loop.way) == ("ours", "loop")
     assert ours.ratio == [1, 1]
     np.testing.assert_allclose(loop.ratio, np.divide(loop.seconds, ours.seconds))
-    # Twice 2 of 10 numbers a client, and nothing else to speak of.
-    assert ours.bytes == 10 * 2 * 4
-    assert 10 * 2 * 4 <= loop.bytes < 10 * 2 * 4 + 4000
+    # Twice the numbers of 10 clients, and nothing else to speak of: other threads of
+    # this process may allocate a little.
+    assert ours.bytes == 10 * 2000 * 4
+    assert 10 * 2000 * 4 <= loop.bytes < 10 * 2000 * 4 * 1.5
     assert loop.compile_seconds is None and math.isfinite(ours.compile_seconds)
 
 
