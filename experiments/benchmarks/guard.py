@@ -6,9 +6,8 @@
 Both revisions run `guard_worker.py` in a process of their own and answer by turns, so
 that a busy machine slows down both. A launch of the pair gives one ratio of each
 benchmark, the median over its turns. A benchmark is slower if the median ratio over
-the launches is beyond the limit and the ratio of every launch is above 1: between the
-lowest and the highest of five ratios lies their true median with a probability of
-94 % (1 - 2^-4), of six with 97 %.
+the launches is beyond the limit and a sign test over the launches says that this is
+not noise; with up to seven launches all have to agree.
 
 The worker is that of the working tree for both; of a revision it uses
 `fedgen.runs.build` and `fedgen.runs.leg` as a run does.
@@ -26,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
+import scipy.stats
 from absl import app, flags
 
 FLAGS = flags.FLAGS
@@ -47,8 +47,14 @@ def define_flags() -> None:
 
 
 def is_slower(ratios: Sequence[float], limit: float) -> bool:
-    """Tell whether ratios of head to base, one for each launch, show a slowdown."""
-    return statistics.median(ratios) > 1 + limit and min(ratios) > 1
+    """Tell whether ratios of head to base, one for each launch, show a slowdown.
+
+    The median has to be beyond the limit, and a sign test to doubt, at 5 %, that
+    either revision is as likely to be the faster one.
+    """
+    faster = sum(ratio <= 1 for ratio in ratios)
+    chance = scipy.stats.binomtest(faster, len(ratios), alternative="less").pvalue
+    return statistics.median(ratios) > 1 + limit and chance < 0.05
 
 
 @contextlib.contextmanager
@@ -149,6 +155,9 @@ def compare(
     """
     seconds: dict[str, list[float]] = {}
     ratios: dict[str, list[float]] = {}
+    for folder in (base, head):
+        # Compiles its bytecode and reads its libraries from the disk, once.
+        Worker(folder).close()
     for number in range(launches):
         # Turned around, for whoever starts later may find files cached.
         turned = number % 2

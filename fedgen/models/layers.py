@@ -325,6 +325,18 @@ def convolve_transposed(
     return y
 
 
+def _kernel(module: nn.Module, x: jax.Array) -> jax.Array:
+    """Return weights `[kh, kw, i, o]`; to be called from within a compact module."""
+    shape = (*module.kernel_size, x.shape[-1], module.features)
+    return module.param("kernel", nn.initializers.lecun_normal(), shape)
+
+
+def _bias(module: nn.Module) -> jax.Array:
+    """Return the bias `[1, 1, 1, o]`; to be called from within a compact module."""
+    bias = module.param("bias", nn.initializers.zeros, (module.features,))
+    return jnp.expand_dims(bias, (0, 1, 2))
+
+
 class Conv(nn.Module):
     """`flax.linen.Conv` for images, in whichever form is fast.
 
@@ -345,15 +357,10 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[b, h, w, i] -> [b, h', w', features]`."""
-        kernel = self.param(
-            "kernel",
-            nn.initializers.lecun_normal(),
-            (*self.kernel_size, x.shape[-1], self.features),
-        )
+        kernel = _kernel(self, x)
         y = convolve(x, kernel, self.strides, self.padding)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y += jnp.expand_dims(bias, (0, 1, 2))
+            y += _bias(self)
         return y
 
 
@@ -375,14 +382,8 @@ class ConvTranspose(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[b, h, w, i] -> [b, h', w', features]`."""
-        kernel = self.param(
-            "kernel",
-            nn.initializers.lecun_normal(),
-            (*self.kernel_size, x.shape[-1], self.features),
-        )
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = convolve_transposed(x, kernel, self.strides, self.padding)
-        return y + jnp.expand_dims(bias, (0, 1, 2))
+        kernel = _kernel(self, x)
+        return convolve_transposed(x, kernel, self.strides, self.padding) + _bias(self)
 
 
 class ConvPool(nn.Module):
@@ -404,14 +405,8 @@ class ConvPool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[b, h, w, i] -> [b, h'//2, w'//2, features]`."""
-        kernel = self.param(
-            "kernel",
-            nn.initializers.lecun_normal(),
-            (*self.kernel_size, x.shape[-1], self.features),
-        )
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = convolve_pool(x, kernel, self.padding)
-        return y + jnp.expand_dims(bias, (0, 1, 2))
+        kernel = _kernel(self, x)
+        return convolve_pool(x, kernel, self.padding) + _bias(self)
 
 
 def assemble(

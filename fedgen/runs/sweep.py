@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from fedgen import algorithms
 from fedgen.core import compiling, execution, rounds, simulate
@@ -442,10 +442,8 @@ def _shardings(mesh: Mesh | None) -> tuple[jax.sharding.Sharding, ...]:
     if mesh is None:
         return (SingleDeviceSharding(jax.devices()[0]),) * 2
     # The runs take the place that the clients of one run have on a mesh.
-    return (
-        NamedSharding(mesh, PartitionSpec()),
-        NamedSharding(mesh, PartitionSpec(execution.AXIS)),
-    )
+    _, whole, split = execution.state_shardings(mesh)
+    return whole, split
 
 
 def stack(federations: Sequence[Federation]) -> tuple[Federation, Federation]:

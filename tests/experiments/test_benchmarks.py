@@ -295,11 +295,13 @@ def test_a_failing_process_is_told_with_its_last_words(tmp_path):
     assert run.error.startswith("failed: FileNotFoundError") and not run.rounds
 
 
-def test_the_guard_needs_a_slowdown_in_every_launch():
+def test_the_guard_needs_a_slowdown_in_all_of_few_launches():
     assert guard.is_slower([1.2, 1.15, 1.3, 1.02, 1.12], 0.1)
     assert not guard.is_slower([1.2, 1.15, 1.3, 0.99, 1.12], 0.1)
     assert not guard.is_slower([1.2, 1.09, 1.08, 1.02, 1.05], 0.1)
     assert not guard.is_slower([0.5] * 5, 0.1)
+    assert guard.is_slower([1.2] * 17 + [0.9] * 3, 0.1)
+    assert not guard.is_slower([1.2] * 12 + [0.9] * 8, 0.1)
 
 
 def test_the_guard_pairs_the_turns_of_a_launch(monkeypatch):
