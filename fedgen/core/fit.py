@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedgen.core import tree
 from fedgen.core.algorithm import Metrics
 from fedgen.core.federation import Batch, Data, Params
 
@@ -149,7 +150,10 @@ def fit(
         return i + 1, params, opt_state, total + value
 
     start = (jnp.int32(0), params, optimizer.init(params), jnp.float32(0.0))
-    _, params, _, total = jax.lax.while_loop(lambda c: c[0] < steps, step, start)
+    if schedule.steps == 1:  # no loop, which copies what it starts from
+        _, params, _, total = tree.where(steps > 0, step(start), start)
+    else:
+        _, params, _, total = jax.lax.while_loop(lambda c: c[0] < steps, step, start)
     mean = total / jnp.maximum(steps, 1).astype(jnp.float32)
     return params, {"loss": mean, "steps": steps}
 

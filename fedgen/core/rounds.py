@@ -226,7 +226,7 @@ def _visit(
             context, jax.random.fold_in(key, id_), client, message, data
         )
         averages = {k: v for k, v in metrics.items() if k != "steps"}
-        sent = upload, Mean(averages, size.astype(jnp.float32))
+        sent = _weigh((upload, Mean(averages, size.astype(jnp.float32))))
         return client, sent, metrics["steps"], tree.all_finite((client, sent))
 
     def visit_chunk(carry, drawn):
@@ -249,7 +249,10 @@ def _visit(
         means, rest = _split(sent)
         # One client after another, whatever the chunk: sums must not depend on it.
         sums, _ = jax.lax.scan(
-            lambda sums, one: (_add(sums, one), None), sums, means, length=chunk
+            lambda sums, one: (jax.tree.map(jnp.add, sums, one), None),
+            sums,
+            means,
+            length=chunk,
         )
         upload = Uploads(
             jnp.where(mask, id_, -1),
@@ -315,15 +318,15 @@ def _join(like: PyTree, means: list[Mean], rest: PyTree) -> PyTree:
     )
 
 
-def _add(sums: list[Mean], means: list[Mean]) -> list[Mean]:
-    """Add one client to running sums of weighted values and of weights."""
-    return [
-        Mean(
-            jax.tree.map(lambda s, v, w=one.weight: s + w * v, total.value, one.value),
-            total.weight + one.weight,
-        )
-        for total, one in zip(sums, means, strict=True)
-    ]
+def _weigh(message: PyTree) -> PyTree:
+    """Multiply the values of means by their weights, to be added up."""
+
+    def weigh(node):
+        if not _is_mean(node):
+            return node
+        return Mean(jax.tree.map(lambda v: node.weight * v, node.value), node.weight)
+
+    return jax.tree.map(weigh, message, is_leaf=_is_mean)
 
 
 def _finish(message: PyTree) -> PyTree:

@@ -27,11 +27,22 @@ def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
 def all_finite(tree: PyTree) -> jax.Array:
     """Tell whether every floating-point entry of one client's tree is finite, []."""
     finite = [
-        jnp.all(jnp.isfinite(a))
+        jnp.all(_vanish(jnp.asarray(a)))
         for a in jax.tree.leaves(tree)
         if jnp.issubdtype(jnp.result_type(a), jnp.inexact)
     ]
     return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
+
+
+def _vanish(a: jax.Array) -> jax.Array:
+    """Tell of every row whether its product with zeros is 0: not if one is not finite.
+
+    On a CPU a product with a vector reads an array at the speed of memory, several
+    times faster than `jnp.isfinite` and a reduction of what it says.
+    """
+    if a.ndim == 0:
+        return jnp.isfinite(a)
+    return a @ jnp.zeros(a.shape[-1], a.dtype) == 0
 
 
 def broadcast(tree: PyTree, n: int) -> PyTree:
