@@ -34,6 +34,7 @@ from fedgen.core import execution
 from fedgen.core.federation import Model, Params
 
 Padding = str | int | Sequence[tuple[int, int]]
+_BLOCK = 2**18  # bytes, a part of a core's second-level cache
 _CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
 
 
@@ -82,6 +83,12 @@ def _pads(
     if isinstance(padding, int):
         return [(padding, padding)] * 2
     return list(padding)
+
+
+def _pad(x: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
+    """Put zeros around images; a negative width cuts off."""
+    edges = ((0, 0), *pads, (0, 0))
+    return lax.pad(x, jnp.zeros((), x.dtype), [(*edge, 0) for edge in edges])
 
 
 def _check_size(
@@ -148,14 +155,42 @@ def _correlate_backward(pads, residuals, cotangent):
         for size, (low, high) in zip(kernel.shape[:2], pads, strict=True)
     )
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    # The batch is what the kernel's gradient sums over, hence its input channels.
-    towards_kernel = _correlate(
-        x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), pads
-    )
     return (
         _correlate(cotangent, turned, opposite),
-        towards_kernel.transpose(1, 2, 0, 3),
+        _towards_kernel(x, cotangent, pads),
     )
+
+
+def _towards_kernel(
+    x: jax.Array, cotangent: jax.Array, pads: tuple[tuple[int, int], ...]
+) -> jax.Array:
+    """Compute the kernel's gradient, in which the cotangent is the kernel.
+
+    The batch is what it sums over, hence the channels. So large a kernel would be
+    read from memory for every few outputs; blocks of its rows stay in the cache.
+    """
+    images = _pad(x, pads).transpose(3, 1, 2, 0)
+    rows = cotangent.transpose(1, 2, 0, 3)
+    high, none = len(rows), ((0, 0), (0, 0))
+    blocks = -(-high // max(1, _BLOCK // (rows.nbytes // high)))
+    each = -(-high // blocks)
+    window = images.shape[1] - high + each
+    spare = blocks * each - high
+    images = jnp.pad(images, ((0, 0), (0, spare), *none))
+    rows = jnp.pad(rows, ((0, spare), (0, 0), *none)).reshape(
+        blocks, each, *rows.shape[1:]
+    )
+
+    def add(total, block):
+        i, rows = block
+        part = lax.dynamic_slice_in_dim(images, i * each, window, 1)
+        return total + _correlate(part, rows, none), None
+
+    shape = jax.eval_shape(lambda r: _correlate(images[:, :window], r, none), rows[0])
+    total, _ = lax.scan(
+        add, jnp.zeros(shape.shape, shape.dtype), (jnp.arange(blocks), rows)
+    )
+    return total.transpose(1, 2, 0, 3)
 
 
 _correlate.defvjp(_correlate_forward, _correlate_backward)
@@ -169,8 +204,7 @@ def _by_slices(
 ) -> jax.Array:
     """Correlate by static slices and one matrix product."""
     window, features = kernel.shape[:2], kernel.shape[-1]
-    edges = ((0, 0), *pads, (0, 0))  # maybe negative, which `lax.pad` cuts off
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(*edge, 0) for edge in edges])
+    x = _pad(x, pads)
     high, wide = (
         (n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True)
     )
@@ -264,8 +298,7 @@ def convolve_pool(
     columns = 2 * (pairs + span - 1)
     # A negative high padding drops the columns that only a dropped output reads.
     right = columns - x.shape[2] - pads[1][0]
-    edges = ((0, 0), pads[0], (pads[1][0], right), (0, 0))
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(*edge, 0) for edge in edges])
+    x = _pad(x, (pads[0], (pads[1][0], right)))
     x = x.reshape(*x.shape[:2], -1, 2 * channels)
     spare = 2 * span - wide
     twins = [
