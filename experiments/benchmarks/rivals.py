@@ -15,7 +15,7 @@ library, before or after.
 
 All must end with the same weights, but for rounding: the check compares the accuracy
 on samples that nobody trains on with that of the plain loop in JAX, and fails beyond
-0.3 points.
+0.3 points. The column `drift` compares the weights themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import pathlib
 import platform
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,11 +45,12 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import workloads
-from experiments.benchmarks.adapters import jax_nets
+from experiments.benchmarks.adapters import common, jax_nets
 from experiments.benchmarks.workloads import Problem, Workload
 from fedgen.core.federation import normalise
 
 FLAGS = flags.FLAGS
+Params = dict[str, np.ndarray]  # by path
 ADAPTERS = pathlib.Path(__file__).parent / "adapters"
 ROOT = pathlib.Path(__file__).parents[2]
 REFERENCE = "jax"  # whose accuracy the others must have
@@ -158,7 +160,7 @@ class Run(NamedTuple):
     rounds: tuple[float, ...] = ()  # seconds of every round
     peak_bytes: int = 0
     versions: dict[str, str] | None = None
-    params: dict[str, np.ndarray] | None = None
+    params: Params | None = None
     error: str = ""
 
 
@@ -171,7 +173,9 @@ class Cell(NamedTuple):
       start: Seconds until the first round, per repetition.
       compile: Seconds that the first round took longer, per repetition.
       peak_bytes: Most memory of any repetition.
-      accuracy: After the last round; None where only a subset ran.
+      accuracy: After the last round.
+      drift: How far its weights are from the reference's, relative to the way that
+        those came; None without a reference.
       versions: Of its packages.
       present: How many clients it was given, 0 for all of them.
       scaled: By how much its times were multiplied to stand for all.
@@ -184,6 +188,7 @@ class Cell(NamedTuple):
     compile: tuple[float, ...] = ()
     peak_bytes: int = 0
     accuracy: float | None = None
+    drift: float | None = None
     versions: dict[str, str] | None = None
     present: int = 0
     scaled: float = 1.0
@@ -240,16 +245,12 @@ def run_once(
                 stderr=log,
                 env=environment,
                 cwd=folder,
+                start_new_session=True,
             )
-            with _watch(process.pid) as peak:
-                try:
-                    code = process.wait(timeout)
-                except subprocess.TimeoutExpired:
-                    code = None
-                    for pid in _family(process.pid):
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
-            process.wait()
+            code = None
+            over = contextlib.suppress(subprocess.TimeoutExpired)
+            with _ended(process), _watch(process.pid) as peak, over:
+                code = process.wait(timeout)
             log.seek(0)
             last = "".join(log.readlines()[-1:]).strip()
         if code is None:
@@ -264,6 +265,21 @@ def run_once(
             params = dict(arrays)
         seconds = tuple(b - a for a, b in zip(times[:-1], times[1:], strict=True))
         return Run(times[0] - begin, seconds, max(peak), first["versions"], params)
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen):
+    """See to it that nothing of a process outlives the context, even by an error."""
+    try:
+        yield
+    finally:
+        family = _family(process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for pid in family:  # some may have left the group
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextlib.contextmanager
@@ -299,7 +315,8 @@ def _proportional_bytes(pid: int) -> int:
         lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("Pss:"))
+    sizes = (int(x.split()[1]) * 1024 for x in lines if x.startswith("Pss:"))
+    return next(sizes, 0)
 
 
 def measure_peak(pythons: dict[str, str]) -> float:
@@ -314,6 +331,7 @@ def measure_peak(pythons: dict[str, str]) -> float:
                 capture_output=True,
                 check=True,
                 text=True,
+                timeout=300,
             ).stdout
         )
         for python, library in ways
@@ -334,6 +352,16 @@ def score(workload: Workload, problem: Problem, params: dict[str, Any]) -> float
     return 100 * right / len(y)
 
 
+def drift(params: Params, reference: Params, start: Params) -> float:
+    """Return how far weights are from the reference's, by the way those came."""
+
+    def distance(a, b):
+        parts = [np.sum((a[k].astype(float) - b[k]) ** 2) for k in reference]
+        return math.sqrt(sum(parts))
+
+    return distance(params, reference) / distance(reference, start)
+
+
 def measure(
     workload: Workload,
     problem: Problem,
@@ -345,7 +373,7 @@ def measure(
     """Run all rivals on a workload, by turns.
 
     Returns:
-      Their cells, and the reference's accuracy by the number of clients present.
+      Their cells, and the reference's accuracy, by the number of clients present.
     """
     runs: dict[str, list[Run]] = {name: [] for name in rivals}
     with tempfile.TemporaryDirectory() as folder:
@@ -374,7 +402,7 @@ def measure(
                 what = run.error or f"{statistics.median(run.rounds[1:]):.4g} s a round"
                 print(f"{turn + 1}/{FLAGS.repeats} {name}: {what}", file=sys.stderr)
         # A subset has a reference of its own, which nobody times.
-        points = {}
+        points, references, starts = {}, {}, {}
         for count, path in paths.items():
             run = (
                 runs[REFERENCE][-1]
@@ -383,35 +411,31 @@ def measure(
             )
             if not run.error:
                 points[count] = score(workload, problem, run.params)
+                references[count] = run.params
+                starts[count] = common.Workload(str(path)).params
     everybody = workload.participants or workload.clients
-    cells = [
-        summarise(
-            name,
-            runs[name],
-            subset.get(name, FLAGS.clients),
-            everybody,
-            lambda params: score(workload, problem, params),
-        )
-        for name in rivals
-    ]
+    cells = []
+    for name in rivals:
+        present = subset.get(name, FLAGS.clients)
+        cell = summarise(name, runs[name], present, everybody)
+        if not cell.error:
+            params = runs[name][-1].params
+            cell = cell._replace(accuracy=score(workload, problem, params))
+            if present in references:
+                off = drift(params, references[present], starts[present])
+                cell = cell._replace(drift=off)
+        cells.append(cell)
     return cells, points
 
 
-def summarise(
-    name: str,
-    runs: Sequence[Run],
-    present: int,
-    everybody: int,
-    score: Callable[[dict[str, Any]], float],
-) -> Cell:
-    """Turn the runs of a rival into a cell.
+def summarise(name: str, runs: Sequence[Run], present: int, everybody: int) -> Cell:
+    """Turn the runs of a rival into a cell, but for what its weights are worth.
 
     Args:
       name: The rival.
       runs: One for each repetition.
       present: How many clients it was given, 0 for all of the workload.
       everybody: How many take part in a round.
-      score: Accuracy of weights.
     """
     if error := next((run.error for run in runs if run.error), ""):
         return Cell(name, error=error)
@@ -425,10 +449,9 @@ def summarise(
             max(0.0, run.rounds[0] - s) for run, s in zip(runs, seconds, strict=True)
         ),
         max(run.peak_bytes for run in runs),
-        score(runs[-1].params),
-        runs[-1].versions,
-        present,
-        factor,
+        versions=runs[-1].versions,
+        present=present,
+        scaled=factor,
     )
 
 
@@ -449,13 +472,13 @@ def to_markdown(
     """
     lines = [
         "| simulator | s a round | times fedgen's | steps/s | GFLOP/s | of peak | "
-        "MiB | accuracy, % | start, s | compile, s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "MiB | accuracy, % | drift | start, s | compile, s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for cell in cells:
         label = RIVALS[cell.rival].label
         if cell.error:
-            lines.append(f"| {label} | {cell.error} |" + " |" * 8)
+            lines.append(f"| {label} | {cell.error} |" + " |" * 9)
             continue
         middle = statistics.median(cell.seconds)
         rate = round_flops / middle / 1e9
@@ -470,6 +493,7 @@ def to_markdown(
             f"{100 * rate / peak:.0f} %",
             f"{cell.peak_bytes / 2**20:,.0f}",
             _accuracy(cell, points),
+            "" if cell.drift is None else f"{cell.drift:.0e}",
             f"{statistics.median(cell.start):.1f}",
             f"{statistics.median(cell.compile):.1f}",
         ]

@@ -233,10 +233,12 @@ def test_the_arithmetic_of_a_round_is_that_of_its_participants(problem):
 
 
 CELLS = [
-    rivals.Cell("fedgen", (1.0, 2.0, 4.0), (3.0,) * 3, (5.0,) * 3, 2**20, 70.0),
+    rivals.Cell("fedgen", (1.0, 2.0, 4.0), (3.0,) * 3, (5.0,) * 3, 2**20, 70.0, 2e-6),
     rivals.Cell("jax", (2.0, 3.0, 4.0), (1.0,) * 3, (0.5,) * 3, 2**21, 70.2),
     rivals.Cell("torch", (0.5, 1.0, 3.0), (1.0,) * 3, (0.0,) * 3, 2**21, 71.0),
-    rivals.Cell("vmap", (8.0,) * 3, (1.0,) * 3, (0.0,) * 3, 2**21, 9.0, None, 2, 50.0),
+    rivals.Cell(
+        "vmap", (8.0,) * 3, (1.0,) * 3, (0.0,) * 3, 2**21, 9.0, None, None, 2, 50.0
+    ),
     rivals.Cell("flower", error="not installed: no such package"),
 ]
 
@@ -247,7 +249,7 @@ def test_the_table_marks_who_wins_and_who_differs():
     assert len({len(row) for row in rows}) == 1
     ours, plain, torch, vmap, flower = rows[2:]
     assert ours[1:7] == ["2 [1, 4]", "1 [1, 1]", "50", "1", "10 %", "1"]
-    assert ours[7:] == ["70.00 ok", "3.0", "5.0"]
+    assert ours[7:] == ["70.00 ok", "2e-06", "3.0", "5.0"]
     assert plain[2] == "1.5 [1, 2]" and plain[7] == "70.20 ok"
     assert torch[2] == "0.5 [0.5, 0.75] **wins**" and torch[7] == "71.00 **differs**"
     assert vmap[0].endswith("(SCALED from 2 clients)") and "no reference" in vmap[7]
@@ -256,12 +258,12 @@ def test_the_table_marks_who_wins_and_who_differs():
 
 def test_repetitions_become_a_cell():
     run = rivals.Run(2.0, (5.0, 1.0, 3.0, 2.0), 7, {}, {})
-    cell = rivals.summarise("jax", [run, run._replace(peak_bytes=9)], 2, 10, len)
+    cell = rivals.summarise("jax", [run, run._replace(peak_bytes=9)], 2, 10)
     # The median of the rounds but the first, of 2 clients for 10.
     assert cell.seconds == (10.0, 10.0) and (cell.present, cell.scaled) == (2, 5)
     assert cell.compile == (3.0, 3.0) and cell.start == (2.0, 2.0)
-    assert cell.peak_bytes == 9 and cell.accuracy == 0
-    failed = rivals.summarise("jax", [run, rivals.Run(error="no")], 0, 10, len)
+    assert cell.peak_bytes == 9
+    failed = rivals.summarise("jax", [run, rivals.Run(error="no")], 0, 10)
     assert failed.error == "no" and not failed.seconds
 
 
@@ -280,6 +282,29 @@ def test_a_rival_that_cannot_be_installed_is_told(monkeypatch, tmp_path):
         "not installed: ERROR: no such thing",
     )
     assert not list(tmp_path.glob("*.txt"))
+
+
+def test_drift_is_told_by_the_way_that_the_reference_came():
+    start = {"a": np.zeros(2, np.float32), "b": np.ones((1, 1), np.float32)}
+    reference = {"a": np.array([3.0, 0], np.float32), "b": np.full((1, 1), 5.0)}
+    params = {"a": np.array([3.0, 0.3], np.float32), "b": np.full((1, 1), 5.4)}
+    assert rivals.drift(params, reference, start) == pytest.approx(0.1)
+
+
+def test_a_process_that_is_too_slow_ends_with_all_its_children(tmp_path, monkeypatch):
+    script = f"""
+import pathlib, subprocess, sys, time
+path, command = pathlib.Path({str(tmp_path)!r}, "pid"), ["sleep", "100"]
+path.write_text(str(subprocess.Popen(command, start_new_session=True).pid))
+time.sleep(100)
+"""
+    (tmp_path / "slow.py").write_text(script)
+    monkeypatch.setattr(rivals, "ADAPTERS", tmp_path)
+    rival = rivals.Rival("slow", "slow.py")
+    run = rivals.run_once(rival, sys.executable, tmp_path / "none.npz", timeout=2)
+    assert run.error == "stopped after 2 s"
+    child = pathlib.Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
 def test_every_rival_has_an_adapter_and_a_known_environment():

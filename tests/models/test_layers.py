@@ -234,6 +234,35 @@ def test_second_order_gradients_of_the_library_form_equal_those_of_flax():
     )
 
 
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 9), (2, 5), (4, 3), (9, 1)])
+def test_blocks_of_rows_give_the_kernels_gradient(rows, blocks, monkeypatch):
+    # 9 rows of outputs, so that 5 blocks have a spare one.
+    x = _images((2, 9, 8, 6))
+    kernel, cotangent = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(4, 3, 6, 5), (2, 9, 8, 5)])
+    )
+    pads = ((2, 1), (1, 1))
+
+    def loss(kernel):
+        dims = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), pads, dimension_numbers=dims
+        )
+        return jnp.vdot(y, cotangent)
+
+    monkeypatch.setattr(layers, "_BLOCK", rows * cotangent[:, 0].nbytes)
+    traced = jax.make_jaxpr(lambda x, c: layers._towards_kernel(x, c, pads))
+    lengths = [
+        equation.params["length"]
+        for equation in traced(x, cotangent).eqns
+        if equation.primitive.name == "scan"
+    ]
+    assert lengths == [blocks]
+    found, expected = layers._towards_kernel(x, cotangent, pads), jax.grad(loss)(kernel)
+    chex.assert_trees_all_close(found, expected, atol=1e-5 * jnp.abs(expected).max())
+
+
 def test_inputs_smaller_than_the_window_are_refused():
     with pytest.raises(ValueError, match=r"window 5x5.*got 4x7"):
         layers.convolve(jnp.ones((1, 4, 7, 1)), jnp.ones((5, 5, 1, 1)), padding="VALID")
