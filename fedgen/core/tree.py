@@ -42,7 +42,8 @@ def _vanish(a: jax.Array) -> jax.Array:
     """
     if a.ndim == 0:
         return jnp.isfinite(a)
-    return a @ jnp.zeros(a.shape[-1], a.dtype) == 0
+    # Rounded to fewer bits, the largest numbers would turn into infinities.
+    return jnp.matmul(a, jnp.zeros(a.shape[-1], a.dtype), precision="highest") == 0
 
 
 def broadcast(tree: PyTree, n: int) -> PyTree:

@@ -142,7 +142,9 @@ PARAMS = {"w": jnp.array([0.3, -0.2, 0.1]), "b": jnp.array([0.5])}
 OPTIMIZER = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9))
 
 
-@pytest.mark.parametrize("schedule", [Schedule(4, 3), Schedule(4, steps=6)])
+@pytest.mark.parametrize(
+    "schedule", [Schedule(4, 3), Schedule(4, steps=6), Schedule(4, steps=1)]
+)
 def test_fit_is_sgd_with_momentum_and_decay(schedule):
     data = make_data(10, work=0.7)
     params, metrics = jax.jit(
@@ -152,7 +154,7 @@ def test_fit_is_sgd_with_momentum_and_decay(schedule):
     order_key, _ = jax.random.split(KEY)
     w, b = np.array([0.3, -0.2, 0.1]), 0.5
     velocity_w, velocity_b, values = np.zeros(3), 0.0, []
-    steps = int(np.ceil(0.7 * (9 if schedule.steps is None else 6) - 1e-6))
+    steps = int(np.ceil(0.7 * (schedule.steps or 9) - 1e-6))
     for i in range(steps):
         batch = schedule.batch(order_key, jnp.int32(i), data)
         real = np.asarray(batch.mask) > 0
@@ -170,9 +172,13 @@ def test_fit_is_sgd_with_momentum_and_decay(schedule):
     np.testing.assert_allclose(metrics["loss"], np.mean(values), rtol=1e-5)
 
 
-def test_short_clients_wait_for_long_ones_unchanged():
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [(Schedule(4, 2), [10, 2, 0, 3]), (Schedule(4, steps=1), [1, 1, 0, 1])],
+)
+def test_short_clients_wait_for_long_ones_unchanged(schedule, steps):
     # Momentum and decay would go on moving a client whose steps are over.
-    long, schedule = make_data(20), Schedule(4, 2)
+    long = make_data(20)
     sizes, work = jnp.array([20, 3, 0, 9]), jnp.array([1.0, 1.0, 1.0, 0.4])
 
     def train(size, work):
@@ -185,7 +191,7 @@ def test_short_clients_wait_for_long_ones_unchanged():
         expected = alone(sizes[i], work[i])
         found = jax.tree.map(lambda a, i=i: a[i], (together, metrics))
         chex.assert_trees_all_close(found, expected, rtol=1e-6)
-    assert metrics["steps"].tolist() == [10, 2, 0, 3]
+    assert metrics["steps"].tolist() == steps
     empty = jax.tree.map(lambda a: a[2], together)
     chex.assert_trees_all_equal(empty, PARAMS)
     assert float(metrics["loss"][2]) == 0.0

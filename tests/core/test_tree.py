@@ -39,6 +39,16 @@ def test_all_finite(bad):
     assert not bool(tree.all_finite(spoiled))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_all_finite_as_compiled_for_stacked_clients(dtype):
+    largest = float(jnp.finfo(dtype).max)
+    clients = jnp.full((4, 3, 40), largest, dtype)  # finite, though no sum of it is
+    clients = clients.at[1, 2, 3].set(jnp.nan).at[2, 0, 39].set(-jnp.inf)
+    finite = jax.jit(jax.vmap(tree.all_finite))((clients, jnp.ones((4,))))
+    assert finite.tolist() == [True, False, False, True]
+    assert not bool(jax.jit(tree.all_finite)(jnp.array(jnp.inf)))
+
+
 def test_broadcast():
     copies = tree.broadcast({"w": jnp.arange(3.0), "n": jnp.int32(2)}, 5)
     assert copies["n"].tolist() == [2] * 5
