@@ -99,6 +99,21 @@ def test_a_full_cache_drops_what_was_not_used_for_longest(tmp_path, monkeypatch)
     assert not list(folder.iterdir())
 
 
+def test_a_program_that_a_kill_cut_short_is_none(tmp_path, monkeypatch):
+    waiting, folder = tmp_path / "waiting", tmp_path / "cache"
+    waiting.mkdir()
+    (waiting / "new-cache").write_bytes(bytes(100))
+
+    def cut_short(source, target):
+        target.write_bytes(bytes(50))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiling.shutil, "copyfile", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        compiling._add(waiting, folder)
+    assert not list(folder.glob("*-cache"))
+
+
 def test_a_cache_of_the_users_own_is_left_alone(cache_events, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     try:
