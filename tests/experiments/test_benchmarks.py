@@ -6,7 +6,10 @@ import itertools
 import json
 import math
 import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -291,19 +294,23 @@ def test_drift_is_told_by_the_way_that_the_reference_came():
     assert rivals.drift(params, reference, start) == pytest.approx(0.1)
 
 
-def test_a_process_that_is_too_slow_ends_with_all_its_children(tmp_path, monkeypatch):
+def test_nothing_of_a_process_outlives_an_interruption(tmp_path):
+    told = tmp_path / "pid"
     script = f"""
-import pathlib, subprocess, sys, time
-path, command = pathlib.Path({str(tmp_path)!r}, "pid"), ["sleep", "100"]
-path.write_text(str(subprocess.Popen(command, start_new_session=True).pid))
+import os, pathlib, subprocess, time
+child = subprocess.Popen(["sleep", "100"], start_new_session=True)
+pathlib.Path({str(told)!r}).with_suffix(".part").write_text(str(child.pid))
+os.rename({str(told.with_suffix(".part"))!r}, {str(told)!r})
 time.sleep(100)
 """
-    (tmp_path / "slow.py").write_text(script)
-    monkeypatch.setattr(rivals, "ADAPTERS", tmp_path)
-    rival = rivals.Rival("slow", "slow.py")
-    run = rivals.run_once(rival, sys.executable, tmp_path / "none.npz", timeout=2)
-    assert run.error == "stopped after 2 s"
-    child = pathlib.Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    with pytest.raises(KeyboardInterrupt), rivals._ended(process):
+        while not told.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+    assert process.poll() == -signal.SIGKILL
+    child = pathlib.Path("/proc", told.read_text(), "stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
