@@ -273,7 +273,10 @@ def test_the_chunk_changes_only_roundings(case):
     copied = jax.tree.map(jnp.copy, case.start)
     end, reports = block(copied, case.federation, KEY, jnp.int32(ROUNDS))
     # The compiler orders the sums of a matrix product by its shape, so not bit for bit.
-    chex.assert_trees_all_close(end, case.end, rtol=1e-5, atol=5e-6)
+    found, expected = (
+        s._replace(server=without_guide(s.server)) for s in (end, case.end)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=5e-6)
     chex.assert_trees_all_equal(
         (reports.participants, reports.steps),
         (case.reports.participants, case.reports.steps),
