@@ -77,7 +77,8 @@ class Algorithm(NamedTuple):
       local: `(context, key, client, message, data) -> (client, message, metrics)`,
         what a client does. The message is all the server ever sees of it. The
         metrics are scalars, of which `steps` counts local steps. A client whose
-        state, message or metrics are not all finite is left out of the round.
+        state, message or metrics are not all finite, a `Mean` also times its weight,
+        is left out of the round.
       aggregate: `(context, key, server, uploads) -> (server, metrics)`, with one
         `Context` and one `Uploads` per cohort.
       predict: `(context, server, client, x) -> logits` of a client's own model.

@@ -1,6 +1,7 @@
 """Local training: shuffled minibatches, optax steps, passes over a client's data.
 
-Every loop has a dynamic trip count, read off the client's own size. Under `vmap`
+Every loop has a dynamic trip count, read off the client's own size; a schedule of one
+step needs none. Under `vmap`
 a chunk of clients loops until its largest one is done and JAX freezes the others,
 so momentum and weight decay never act on padding.
 """
@@ -150,8 +151,9 @@ def fit(
         return i + 1, params, opt_state, total + value
 
     start = (jnp.int32(0), params, optimizer.init(params), jnp.float32(0.0))
-    if schedule.steps == 1:  # no loop, which copies what it starts from
-        _, params, _, total = tree.where(steps > 0, step(start), start)
+    if schedule.steps == 1:  # A loop would copy the parameters that it starts from.
+        _, trained, _, value = step(start)
+        params, total = tree.where(steps > 0, (trained, value), (params, start[-1]))
     else:
         _, params, _, total = jax.lax.while_loop(lambda c: c[0] < steps, step, start)
     mean = total / jnp.maximum(steps, 1).astype(jnp.float32)

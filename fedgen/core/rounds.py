@@ -319,12 +319,17 @@ def _join(like: PyTree, means: list[Mean], rest: PyTree) -> PyTree:
 
 
 def _weigh(message: PyTree) -> PyTree:
-    """Multiply the values of means by their weights, to be added up."""
+    """Multiply the values of means by their weights, to be added up in float32."""
 
     def weigh(node):
         if not _is_mean(node):
             return node
-        return Mean(jax.tree.map(lambda v: node.weight * v, node.value), node.weight)
+
+        def times(value):
+            value = jnp.asarray(value, jnp.result_type(value, jnp.float32))
+            return node.weight * value
+
+        return Mean(jax.tree.map(times, node.value), node.weight)
 
     return jax.tree.map(weigh, message, is_leaf=_is_mean)
 

@@ -27,18 +27,19 @@ def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
 def all_finite(tree: PyTree) -> jax.Array:
     """Tell whether every floating-point entry of one client's tree is finite, []."""
     finite = [
-        jnp.all(_vanish(jnp.asarray(a)))
+        jnp.all(_finite_rows(jnp.asarray(a)))
         for a in jax.tree.leaves(tree)
         if jnp.issubdtype(jnp.result_type(a), jnp.inexact)
     ]
     return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
 
 
-def _vanish(a: jax.Array) -> jax.Array:
-    """Tell of every row whether its product with zeros is 0: not if one is not finite.
+def _finite_rows(a: jax.Array) -> jax.Array:
+    """Tell of every row whether all of it is finite, `[..., n] -> [...]`.
 
-    On a CPU a product with a vector reads an array at the speed of memory, several
-    times faster than `jnp.isfinite` and a reduction of what it says.
+    If not, its product with zeros is not 0. On a CPU a product with a vector reads an
+    array at the speed of memory, several times faster than `jnp.isfinite` and a
+    reduction of what it says.
     """
     if a.ndim == 0:
         return jnp.isfinite(a)

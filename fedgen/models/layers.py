@@ -6,9 +6,10 @@ into a grouped one, slow everywhere. So there are two forms, and `_suits_library
 one place that chooses:
 
 * On CPU, XLA's convolution with gradients that are turned into plain correlations
-  again (`_correlate`). It copies no patches. Inside a loop it runs on one thread, so
-  every core should be a device (`fedgen.core.execution.use_cores`); where a device has
-  many cores, slices use them all. Stacked clients take turns.
+  again (`_correlate`). It copies no patches. Inside a loop, and large gradients of a
+  kernel have one of their own, it runs on one thread, so every core should be a device
+  (`fedgen.core.execution.use_cores`); where a device has many cores, slices use them
+  all. Stacked clients take turns.
 * Elsewhere, and where channels are few, static slices and one matrix product, which
   `vmap` batches. Two measures bring it close to the speed of the products alone:
   `_product` fixes the orientation of the product that gives the kernel's gradient, and
@@ -172,7 +173,9 @@ def _towards_kernel(
     images = _pad(x, pads).transpose(3, 1, 2, 0)
     rows = cotangent.transpose(1, 2, 0, 3)
     high, none = len(rows), ((0, 0), (0, 0))
-    blocks = -(-high // max(1, _BLOCK // (rows.nbytes // high)))
+    blocks = -(-high // max(1, _BLOCK // max(1, rows.nbytes // high)))
+    if blocks == 1:
+        return _correlate(images, rows, none).transpose(1, 2, 0, 3)
     each = -(-high // blocks)
     window = images.shape[1] - high + each
     spare = blocks * each - high

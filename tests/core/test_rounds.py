@@ -175,6 +175,36 @@ def test_a_client_that_uploads_nan_is_dropped_named_and_kept(federation):
         assert state.clients[0].tolist() == [1, 1, 0, 1, 1, 0, 1, 1, 1]
 
 
+def with_mean(value):
+    """Send the average of a value, weighed by samples, and keep it."""
+    plain = recorder()
+
+    def local(context, key, client, message, data):
+        client, (told, noise, _), metrics = plain.local(
+            context, key, client, message, data
+        )
+        return client, (told, noise, Mean(value(message[1]), data.size)), metrics
+
+    return plain._replace(local=local)
+
+
+def test_a_client_whose_mean_overflows_once_weighed_is_left_out(federation):
+    algorithm = with_mean(lambda id_: jnp.where(id_ == 2, 3e38, 1.0) * jnp.ones(2))
+    state, report = run(algorithm, federation, participation.full())
+    assert sorted(report.failed[report.failed >= 0].tolist()) == [2]
+    np.testing.assert_allclose(state.server["mean"], 1.0, rtol=1e-6)
+
+
+def test_means_of_16_bits_are_weighed_and_added_in_float32(federation):
+    values = 1 + np.arange(9) / 128  # of seven binary digits, which bfloat16 has
+    algorithm = with_mean(
+        lambda id_: jnp.asarray(values, jnp.bfloat16)[id_] * jnp.ones(2, jnp.bfloat16)
+    )
+    state, _ = run(algorithm, federation, participation.full())
+    expected = np.average(values, weights=SIZES)
+    np.testing.assert_allclose(state.server["mean"], expected, rtol=1e-6)
+
+
 def test_dropped_clients_cost_and_change_nothing(federation):
     def sampler(key, federation):
         (drawn,) = participation.full()(key, federation)
