@@ -126,11 +126,14 @@ def test_scores_never_read_other_rows(toy_federation):
     assert not np.any(np.isfinite(after.test.loss))
 
 
-@pytest.mark.parametrize(("chunk", "devices"), [(None, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("chunk", "devices", "count"),
+    [(None, 1, 3), (2, 2, 3), (2, 2, 4)],  # of five; a device holds three
+)
 def test_the_clients_that_a_sampler_draws_are_scored_alone(
-    toy_federation, chunk, devices
+    toy_federation, chunk, devices, count
 ):
-    mesh = make_mesh(devices)
+    mesh, sampler = make_mesh(devices), participation.uniform(count / 5)
     plain, algorithm, execution = (
         toy_federation(SIZES),
         shifted(),
@@ -139,13 +142,11 @@ def test_the_clients_that_a_sampler_draws_are_scored_alone(
     federation = place(plain, mesh)
     state = rounds.init_state(algorithm, federation, KEY, execution)
     everybody = jax.jit(evaluate.make_evaluate(algorithm, execution))
-    some = jax.jit(
-        evaluate.make_evaluate(algorithm, execution, sampler=participation.uniform(0.6))
-    )
+    some = jax.jit(evaluate.make_evaluate(algorithm, execution, sampler=sampler))
     whole, part = everybody(state, federation, KEY), some(state, federation, KEY)
     assert whole.ids.tolist() == list(range(5))
-    assert part.ids.shape == (3,) and np.all(np.diff(part.ids) > 0)
-    (slot,) = participation.uniform(0.6)(KEY, plain)
+    assert part.ids.shape == (count,) and np.all(np.diff(part.ids) > 0)
+    (slot,) = sampler(KEY, plain)
     assert part.ids.tolist() == sorted(slot.slot.tolist())
     expected = jax.tree.map(lambda a: a[part.ids], whole)
     chex.assert_trees_all_close(part, expected, rtol=1e-5)
