@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments.benchmarks import rivals, workloads
+from experiments.benchmarks import processes, rivals, workloads
 from experiments.benchmarks.workloads import Problem, Workload
 from fedgen.core import evaluate, execution, rounds, simulate
 from fedgen.core.execution import Execution
@@ -173,7 +173,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"flags begin with --, got {' '.join(argv[1:])}")
     execution.use_cores()
-    peak = rivals.measure_peak({})
+    peak = processes.measure_peak({})
     rows, starts, chunks = [], {}, list(map(int, FLAGS.chunks))
     for model in FLAGS.models:
         for clients in map(int, FLAGS.clients):
@@ -189,7 +189,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"start to end of one round, {model}: {rivals.spread(seconds)} s")
     if FLAGS.json:
         everything = {
-            **rivals.describe_machine("engine"),
+            **processes.describe_machine("engine"),
             "peak_gflops": peak,
             "rows": [row._asdict() for row in rows],
             "starts": starts,

@@ -21,21 +21,13 @@ The column `drift` compares the weights themselves, whose rounding training ampl
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import math
-import os
 import pathlib
-import platform
-import shlex
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,90 +36,23 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.benchmarks import workloads
+from experiments.benchmarks import processes, workloads
 from experiments.benchmarks.adapters import common, jax_nets
+from experiments.benchmarks.processes import Params, Run
 from experiments.benchmarks.workloads import Problem, Workload
 from fedgen.core.federation import normalise
 
 FLAGS = flags.FLAGS
-Params = dict[str, np.ndarray]  # by path
-ADAPTERS = pathlib.Path(__file__).parent / "adapters"
-ROOT = pathlib.Path(__file__).parents[2]
 REFERENCE = "jax"  # whose accuracy the others must have
 POINTS = 0.3
-_POLL_SECONDS = 0.5
-
-_TORCH = "torch==2.13.0"  # the one build that all rivals on PyTorch are given
-
-
-class Rival(NamedTuple):
-    """A simulator at one of its settings.
-
-    Attributes:
-      label: For the table.
-      script: In `adapters/`.
-      venv: Name of its environment; empty for that of fedgen.
-      mode: Handed to the script.
-      processes: Whether it gets a process (or device) per core rather than one.
-    """
-
-    label: str
-    script: str
-    venv: str = ""
-    mode: str = ""
-    processes: bool = False
-
-
-# Of each environment, what `pip install` is called with, once or more.
-VENVS = {
-    "torch": ((_TORCH, "numpy"),),
-    "flower": (("flwr[simulation]", _TORCH, "numpy"),),
-    "pfl": (("pfl", _TORCH, "numpy"),),
-    # Of the time of jax 0.4.13, the newest that it was found to run on.
-    "fedjax": (
-        (
-            "fedjax==0.0.17",
-            "jax==0.4.13",
-            "jaxlib==0.4.13",
-            "dm-haiku==0.0.10",
-            "numpy<2",
-            "scipy<1.12",
-        ),
-    ),
-    # 3.0 needs Python 3.14; 2.0.3 asks for 3.12 and runs on 3.11.
-    "blazefl": (
-        (_TORCH, "numpy", "tqdm"),
-        ("--ignore-requires-python", "--no-deps", "blazefl==2.0.3"),
-    ),
-}
-RIVALS = {
-    "fedgen": Rival("fedgen", "run_fedgen.py"),
-    "jax": Rival("plain JAX, jitted clients", "run_jax.py", mode="loop"),
-    "jax-scan": Rival(
-        "plain JAX, a scan on every core", "run_jax.py", mode="scan", processes=True
-    ),
-    "jax-serial": Rival("plain JAX, jitted steps", "run_jax.py", mode="serial"),
-    "vmap": Rival("JAX, naive `vmap`", "run_jax.py", mode="vmap"),
-    "torch": Rival("plain PyTorch", "run_torch.py", "torch"),
-    "torch-processes": Rival(
-        "plain PyTorch, a process per core", "run_torch.py", "torch", "", True
-    ),
-    "fedjax": Rival("FedJAX, `jit`", "run_fedjax.py", "fedjax", "jit"),
-    "fedjax-pmap": Rival("FedJAX, `pmap`", "run_fedjax.py", "fedjax", "pmap", True),
-    "pfl": Rival("pfl", "run_pfl.py", "pfl"),
-    "pfl-processes": Rival("pfl, a process per core", "run_pfl.py", "pfl", "", True),
-    "blazefl": Rival(
-        "BlazeFL, a thread per core", "run_blazefl.py", "blazefl", "", True
-    ),
-    "blazefl-single": Rival("BlazeFL, one thread", "run_blazefl.py", "blazefl"),
-    "flower": Rival("Flower, an actor per core", "run_flower.py", "flower", "", True),
-}
 
 
 def define_flags() -> None:
     """Define the flags of the command line."""
     flags.DEFINE_list("workloads", ["W2"], f"Out of {', '.join(workloads.WORKLOADS)}.")
-    flags.DEFINE_list("rivals", ["all"], f"all, or out of {', '.join(RIVALS)}.")
+    flags.DEFINE_list(
+        "rivals", ["all"], f"all, or out of {', '.join(processes.RIVALS)}."
+    )
     flags.DEFINE_integer("rounds", 6, "Rounds of a process.", lower_bound=2)
     flags.DEFINE_integer("repeats", 3, "Processes of every rival.", lower_bound=1)
     flags.DEFINE_integer(
@@ -151,17 +76,6 @@ def define_flags() -> None:
 
 
 # How it is measured.
-
-
-class Run(NamedTuple):
-    """What one process of a rival took; `error` says why it is nothing."""
-
-    start: float = 0.0  # seconds until the first round
-    rounds: tuple[float, ...] = ()  # seconds of every round
-    peak_bytes: int = 0
-    versions: dict[str, str] | None = None
-    params: Params | None = None
-    error: str = ""
 
 
 class Cell(NamedTuple):
@@ -193,149 +107,6 @@ class Cell(NamedTuple):
     present: int = 0
     scaled: float = 1.0
     error: str = ""
-
-
-def install(venv: str, folder: pathlib.Path) -> tuple[str, str]:
-    """Make an environment if it is missing or of other packages.
-
-    Returns:
-      Its interpreter, and an error message, empty if all is well.
-    """
-    if not venv:
-        return sys.executable, ""
-    path, wanted = folder / venv, json.dumps(VENVS[venv])
-    python, stamp = path / "bin" / "python", folder / f"{venv}.txt"
-    if stamp.exists() and stamp.read_text() == wanted and python.exists():
-        return str(python), ""
-    stamp.unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"installing {venv}", file=sys.stderr)
-    commands = [[sys.executable, "-m", "venv", str(path)]]
-    for packages in VENVS[venv]:
-        commands.append([str(python), "-m", "pip", "install", "--quiet", *packages])
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reasons = [x for x in done.stderr.splitlines() if "ERROR" in x]
-            return "", f"not installed: {' '.join(reasons)[:200]}"
-    stamp.write_text(wanted)
-    return str(python), ""
-
-
-def run_once(
-    rival: Rival, python: str, workload: pathlib.Path, timeout: float, chunk: int = 0
-) -> Run:
-    """Run one process of a rival to its end."""
-    cores = len(os.sched_getaffinity(0))
-    processes = cores if rival.processes else 1
-    threads = 1 if rival.processes else cores
-    with tempfile.TemporaryDirectory() as folder:
-        command = [python, str(ADAPTERS / rival.script), str(workload), folder]
-        command += [f"--mode={rival.mode}", f"--processes={processes}"]
-        command += [f"--threads={threads}", f"--chunk={chunk}"]
-        environment = dict(os.environ, PYTHONPATH="" if rival.venv else str(ROOT))
-        if rival.venv:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        with open(f"{folder}/log", "w+") as log:
-            begin = time.monotonic()
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                cwd=folder,
-                start_new_session=True,
-            )
-            code = None
-            over = contextlib.suppress(subprocess.TimeoutExpired)
-            with _ended(process), _watch(process.pid) as peak, over:
-                code = process.wait(timeout)
-            log.seek(0)
-            last = "".join(log.readlines()[-1:]).strip()
-        if code is None:
-            return Run(error=f"stopped after {timeout:.0f} s")
-        events = pathlib.Path(folder, "events.jsonl")
-        weights = pathlib.Path(folder, "weights.npz")
-        if code or not weights.exists():
-            return Run(error=f"failed: {last[:200]}")
-        first, *others = map(json.loads, events.read_text().splitlines())
-        times = [first["time"]] + [event["time"] for event in others]
-        with np.load(weights) as arrays:
-            params = dict(arrays)
-        seconds = tuple(b - a for a, b in zip(times[:-1], times[1:], strict=True))
-        return Run(times[0] - begin, seconds, max(peak), first["versions"], params)
-
-
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen):
-    """Kill a process and its descendants at the end of a context, or at an error."""
-    try:
-        yield
-    finally:
-        descendants = _family(process.pid)[1:]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        for pid in descendants:  # some may have left the group
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-
-
-@contextlib.contextmanager
-def _watch(pid: int):
-    """Sample the memory of a process and its descendants, a list of bytes."""
-    peak, over = [0], threading.Event()
-
-    def sample():
-        while not over.wait(_POLL_SECONDS):
-            peak.append(sum(map(_proportional_bytes, _family(pid))))
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        sampler.join()
-
-
-def _family(pid: int) -> list[int]:
-    """List a process and its descendants."""
-    children = []
-    with contextlib.suppress(OSError):
-        for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
-            children += map(int, path.read_text().split())
-    return [pid, *(p for child in children for p in _family(child))]
-
-
-def _proportional_bytes(pid: int) -> int:
-    """Read a process's share of memory; 0 if it is gone, or on other systems."""
-    try:
-        lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    sizes = (int(x.split()[1]) * 1024 for x in lines if x.startswith("Pss:"))
-    return next(sizes, 0)
-
-
-def measure_peak(pythons: dict[str, str]) -> float:
-    """Return the highest GFLOP/s that any library multiplies matrices with."""
-    cores = len(os.sched_getaffinity(0))
-    ways = [(sys.executable, "numpy"), (sys.executable, "jax")]
-    ways += [(pythons["torch"], "torch")] if pythons.get("torch") else []
-    return max(
-        float(
-            subprocess.run(
-                [python, str(ADAPTERS / "run_sgemm.py"), library, str(cores)],
-                capture_output=True,
-                check=True,
-                text=True,
-                timeout=300,
-            ).stdout
-        )
-        for python, library in ways
-    )
 
 
 def score(workload: Workload, problem: Problem, params: dict[str, Any]) -> float:
@@ -374,7 +145,7 @@ def measure(
     """Run all rivals on a workload, by turns.
 
     Returns:
-      Their cells, and the reference's accuracy, by the number of clients present.
+      Their cells, and the reference's accuracy by the number of clients present.
     """
     runs: dict[str, list[Run]] = {name: [] for name in rivals}
     with tempfile.TemporaryDirectory() as folder:
@@ -388,11 +159,11 @@ def measure(
             # Nobody is always the first, or always after the same one.
             first = turn % len(rivals)
             for name in (*rivals[first:], *rivals[:first]):
-                rival, count = RIVALS[name], subset.get(name, FLAGS.clients)
+                rival, count = processes.RIVALS[name], subset.get(name, FLAGS.clients)
                 if error := errors.get(rival.venv) or (turn and runs[name][0].error):
                     runs[name].append(Run(error=error))
                     continue
-                run = run_once(
+                run = processes.run_once(
                     rival,
                     pythons[rival.venv],
                     paths[count],
@@ -408,12 +179,15 @@ def measure(
             run = (
                 runs[REFERENCE][-1]
                 if count == FLAGS.clients
-                else run_once(RIVALS[REFERENCE], sys.executable, path, FLAGS.timeout)
+                else processes.run_once(
+                    processes.RIVALS[REFERENCE], sys.executable, path, FLAGS.timeout
+                )
             )
             if not run.error:
                 points[count] = score(workload, problem, run.params)
                 references[count] = run.params
-                starts[count] = common.Workload(str(path)).params
+                with np.load(path) as arrays:
+                    starts[count] = common.weights(arrays)
     everybody = workload.participants or workload.clients
     cells = []
     for name in rivals:
@@ -477,7 +251,7 @@ def to_markdown(
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for cell in cells:
-        label = RIVALS[cell.rival].label
+        label = processes.RIVALS[cell.rival].label
         if cell.error:
             lines.append(f"| {label} | {cell.error} |" + " |" * 9)
             continue
@@ -531,51 +305,34 @@ def spread(values: Sequence[float]) -> str:
     return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def describe_machine(script: str) -> dict[str, Any]:
-    """Tell where, when and by which command it was measured."""
-    model = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(x.split(": ")[1] for x in lines if x.startswith("model name"))
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {model}",
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "command": shlex.join(
-            ["python", "-m", f"experiments.benchmarks.{script}", *sys.argv[1:]]
-        ),
-    }
-
-
 def main(argv: Sequence[str]) -> None:
     """Measure what the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"flags begin with --, got {' '.join(argv[1:])}")
     subset = {k: int(v) for k, _, v in (x.partition("=") for x in FLAGS.subset)}
-    chosen = list(RIVALS) if FLAGS.rivals == ["all"] else FLAGS.rivals
+    chosen = list(processes.RIVALS) if FLAGS.rivals == ["all"] else FLAGS.rivals
     chosen = list(dict.fromkeys(["fedgen", REFERENCE, *chosen]))
     for name, known in (
-        *((name, RIVALS) for name in (*chosen, *subset)),
+        *((name, processes.RIVALS) for name in (*chosen, *subset)),
         *((name, workloads.WORKLOADS) for name in FLAGS.workloads),
     ):
         if name not in known:
             raise app.UsageError(f"unknown {name!r}, known: {', '.join(known)}")
-    venvs = {RIVALS[name].venv for name in chosen}
-    found = {venv: install(venv, pathlib.Path(FLAGS.venvs)) for venv in venvs}
+    venvs = {processes.RIVALS[name].venv for name in chosen}
+    found = {venv: processes.install(venv, pathlib.Path(FLAGS.venvs)) for venv in venvs}
     pythons, errors = ({v: pair[i] for v, pair in found.items()} for i in (0, 1))
 
-    everything = {**describe_machine("rivals"), "workloads": {}}
+    everything = {**processes.describe_machine("rivals"), "workloads": {}}
     print(json.dumps(everything, indent=1), file=sys.stderr)
     differ = []
     for name in FLAGS.workloads:
         workload = workloads.WORKLOADS[name]
         problem = workloads.load(workload, FLAGS.data_dir, FLAGS.clients)
-        before = measure_peak(pythons)
+        before = processes.measure_peak(pythons)
         cells, points = measure(workload, problem, chosen, pythons, errors, subset)
         peak = before
         with contextlib.suppress(subprocess.SubprocessError):
-            peak = max(before, measure_peak(pythons))
+            peak = max(before, processes.measure_peak(pythons))
         flops = workloads.round_flops(workload, problem)
         steps = (workload.participants or workload.clients) * workload.steps
         print(

@@ -1,9 +1,8 @@
 """Local training: shuffled minibatches, optax steps, passes over a client's data.
 
-Every loop has a dynamic trip count, read off the client's own size; a schedule of one
-step needs none. Under `vmap`
+Every loop has a dynamic trip count, read off the client's own size. Under `vmap`
 a chunk of clients loops until its largest one is done and JAX freezes the others,
-so momentum and weight decay never act on padding.
+so momentum and weight decay never act on padding. One step alone needs no loop.
 """
 
 from __future__ import annotations

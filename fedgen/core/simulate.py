@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedgen.core import tree
 from fedgen.core.algorithm import State
 from fedgen.core.execution import Execution, replicated, state_shardings
 from fedgen.core.federation import Federation
@@ -114,12 +115,6 @@ def check_reported(finite: Any, reports: Report, start: int) -> None:
 
 
 @jax.jit  # one program, not two for every shape
-def finite_leaves(tree: Any) -> Any:
+def finite_leaves(state: Any) -> Any:
     """Tell of every leaf whether all of it is finite, or not of floating point."""
-
-    def finite(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return True
-        return jnp.all(jnp.isfinite(leaf))
-
-    return jax.tree.map(finite, tree)
+    return jax.tree.map(tree.all_finite, state)

@@ -23,6 +23,7 @@ from experiments.benchmarks import (
     aggregators,
     engine,
     guard,
+    processes,
     rivals,
     sweep,
     workloads,
@@ -148,8 +149,8 @@ def test_clients_may_draw_their_samples_instead():
     np.testing.assert_array_equal(first.order, cohort.order[:12])
 
 
-def run_adapter(name: str, path: pathlib.Path) -> rivals.Run:
-    run = rivals.run_once(rivals.RIVALS[name], sys.executable, path, timeout=100)
+def run_adapter(name: str, path: pathlib.Path) -> processes.Run:
+    run = processes.run_once(processes.RIVALS[name], sys.executable, path, timeout=100)
     assert not run.error, run.error
     return run
 
@@ -261,18 +262,18 @@ def test_the_table_marks_who_wins_and_who_differs():
 
 
 def test_repetitions_become_a_cell():
-    run = rivals.Run(2.0, (5.0, 1.0, 3.0, 2.0), 7, {}, {})
+    run = processes.Run(2.0, (5.0, 1.0, 3.0, 2.0), 7, {}, {})
     cell = rivals.summarise("jax", [run, run._replace(peak_bytes=9)], 2, 10)
     # The median of the rounds but the first, of 2 clients for 10.
     assert cell.seconds == (10.0, 10.0) and (cell.present, cell.scaled) == (2, 5)
     assert cell.compile == (3.0, 3.0) and cell.start == (2.0, 2.0)
     assert cell.peak_bytes == 9
-    failed = rivals.summarise("jax", [run, rivals.Run(error="no")], 0, 10)
+    failed = rivals.summarise("jax", [run, processes.Run(error="no")], 0, 10)
     assert failed.error == "no" and not failed.seconds
 
 
 def test_a_rival_that_cannot_be_installed_is_told(monkeypatch, tmp_path):
-    monkeypatch.setitem(rivals.VENVS, "pfl", (("no-such",),))
+    monkeypatch.setitem(processes.VENVS, "pfl", (("no-such",),))
 
     def run(command, **_):
         class Done:
@@ -280,8 +281,8 @@ def test_a_rival_that_cannot_be_installed_is_told(monkeypatch, tmp_path):
 
         return Done
 
-    monkeypatch.setattr(rivals.subprocess, "run", run)
-    assert rivals.install("pfl", tmp_path) == (
+    monkeypatch.setattr(processes.subprocess, "run", run)
+    assert processes.install("pfl", tmp_path) == (
         "",
         "not installed: ERROR: no such thing",
     )
@@ -305,7 +306,7 @@ os.rename({str(told.with_suffix(".part"))!r}, {str(told)!r})
 time.sleep(100)
 """
     process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
-    with pytest.raises(KeyboardInterrupt), rivals._ended(process):
+    with pytest.raises(KeyboardInterrupt), processes._ended(process):
         while not told.exists():
             assert process.poll() is None
             time.sleep(0.05)
@@ -322,14 +323,14 @@ time.sleep(100)
 
 
 def test_every_rival_has_an_adapter_and_a_known_environment():
-    for rival in rivals.RIVALS.values():
-        assert (rivals.ADAPTERS / rival.script).exists()
-        assert not rival.venv or rival.venv in rivals.VENVS
+    for rival in processes.RIVALS.values():
+        assert (processes.ADAPTERS / rival.script).exists()
+        assert not rival.venv or rival.venv in processes.VENVS
 
 
 def test_a_failing_process_is_told_with_its_last_words(tmp_path):
-    run = rivals.run_once(
-        rivals.RIVALS["jax"], sys.executable, tmp_path / "none.npz", timeout=100
+    run = processes.run_once(
+        processes.RIVALS["jax"], sys.executable, tmp_path / "none.npz", timeout=100
     )
     assert run.error.startswith("failed: FileNotFoundError") and not run.rounds
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedgen.models import layers
+from fedgen.models import convolution, layers
 
 TOLERANCE = 1e-5
 
@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 def form(request, monkeypatch):
     """Test what this platform chooses, and what accelerators do."""
     if request.param == "slices":
-        monkeypatch.setattr(layers, "_suits_library", lambda *_: False)
+        monkeypatch.setattr(convolution, "_suits_library", lambda *_: False)
 
 
 def _values_and_gradients(module, params, x, cotangent_key):
@@ -141,7 +141,7 @@ def test_transposed_conv_equals_flax(kernel, strides, padding):
 
 def test_transposed_conv_refuses_widths():
     with pytest.raises(ValueError, match=r"SAME or VALID, got 1"):
-        layers.convolve_transposed(
+        convolution.convolve_transposed(
             jnp.ones((1, 4, 4, 1)), jnp.ones((2, 2, 1, 1)), padding=1
         )
 
@@ -155,7 +155,7 @@ def test_max_pool_gives_ties_to_the_same_place_as_flax(size):
         return y, pull(jax.random.normal(jax.random.key(1), y.shape))
 
     chex.assert_trees_all_close(
-        pooled(layers.max_pool),
+        pooled(convolution.max_pool),
         pooled(lambda x: nn.max_pool(x, (2, 2), (2, 2))),
         atol=0,
     )
@@ -167,7 +167,7 @@ def test_max_pool_passes_nan_on():
         .at[jnp.arange(4), [0, 0, 1, 1], [0, 1, 0, 1]]
         .set(jnp.nan)
     )
-    assert jnp.isnan(layers.max_pool(x)).all()
+    assert jnp.isnan(convolution.max_pool(x)).all()
 
 
 @pytest.mark.parametrize(
@@ -251,15 +251,18 @@ def test_blocks_of_rows_give_the_kernels_gradient(rows, blocks, monkeypatch):
         )
         return jnp.vdot(y, cotangent)
 
-    monkeypatch.setattr(layers, "_BLOCK", rows * cotangent[:, 0].nbytes)
-    traced = jax.make_jaxpr(lambda x, c: layers._towards_kernel(x, c, pads))
+    monkeypatch.setattr(convolution, "_BLOCK", rows * cotangent[:, 0].nbytes)
+    traced = jax.make_jaxpr(lambda x, c: convolution._towards_kernel(x, c, pads))
     lengths = [
         equation.params["length"]
         for equation in traced(x, cotangent).eqns
         if equation.primitive.name == "scan"
     ]
     assert lengths == ([blocks] if blocks > 1 else [])
-    found, expected = layers._towards_kernel(x, cotangent, pads), jax.grad(loss)(kernel)
+    found, expected = (
+        convolution._towards_kernel(x, cotangent, pads),
+        jax.grad(loss)(kernel),
+    )
     chex.assert_trees_all_close(found, expected, atol=1e-5 * jnp.abs(expected).max())
 
 
@@ -267,15 +270,19 @@ def test_no_images_have_a_gradient_of_zero():
     kernel = jnp.ones((3, 3, 8, 4))
 
     def loss(kernel):
-        return jnp.sum(layers.convolve(jnp.ones((0, 6, 6, 8)), kernel))
+        return jnp.sum(convolution.convolve(jnp.ones((0, 6, 6, 8)), kernel))
 
     assert not np.any(jax.grad(loss)(kernel))
 
 
 def test_inputs_smaller_than_the_window_are_refused():
     with pytest.raises(ValueError, match=r"window 5x5.*got 4x7"):
-        layers.convolve(jnp.ones((1, 4, 7, 1)), jnp.ones((5, 5, 1, 1)), padding="VALID")
+        convolution.convolve(
+            jnp.ones((1, 4, 7, 1)), jnp.ones((5, 5, 1, 1)), padding="VALID"
+        )
     with pytest.raises(ValueError, match=r"max-pooling.*got 1x4"):
-        layers.max_pool(jnp.ones((1, 1, 4, 1)))
+        convolution.max_pool(jnp.ones((1, 1, 4, 1)))
     with pytest.raises(ValueError, match=r"max-pooling.*got 1x3"):
-        layers.convolve_pool(jnp.ones((1, 5, 7, 1)), jnp.ones((5, 5, 1, 1)), "VALID")
+        convolution.convolve_pool(
+            jnp.ones((1, 5, 7, 1)), jnp.ones((5, 5, 1, 1)), "VALID"
+        )

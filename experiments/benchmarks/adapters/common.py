@@ -30,6 +30,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def weights(arrays: Any) -> dict[str, np.ndarray]:
+    """Pick the initial weights, by path, out of a workload's opened file."""
+    return {
+        name.removeprefix("params/"): arrays[name]
+        for name in arrays.files
+        if name.startswith("params/")
+    }
+
+
 class Workload:
     """The arrays of a workload; images are normalised once, to [-1, 1].
 
@@ -49,11 +58,7 @@ class Workload:
                 self.x /= 127.5
                 self.x -= 1
             self.y, self.rows = arrays["y"], arrays["rows"]
-            self.params = {
-                name.removeprefix("params/"): arrays[name]
-                for name in arrays.files
-                if name.startswith("params/")
-            }
+            self.params = weights(arrays)
             meta = json.loads(str(arrays["meta"]))
         self.model, self.learning_rate = meta["model"], meta["learning_rate"]
 

@@ -1,0 +1,264 @@
+"""Rivals as processes: their environments, what one run of them takes, the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Params = dict[str, np.ndarray]  # by path
+ADAPTERS = pathlib.Path(__file__).parent / "adapters"
+ROOT = pathlib.Path(__file__).parents[2]
+_POLL_SECONDS = 0.5
+
+
+_TORCH = "torch==2.13.0"  # the one build that all rivals on PyTorch are given
+
+
+class Rival(NamedTuple):
+    """A simulator at one of its settings.
+
+    Attributes:
+      label: For the table.
+      script: In `adapters/`.
+      venv: Name of its environment; empty for that of fedgen.
+      mode: Handed to the script.
+      processes: Whether it gets a process (or device) per core rather than one.
+    """
+
+    label: str
+    script: str
+    venv: str = ""
+    mode: str = ""
+    processes: bool = False
+
+
+# Of each environment, what `pip install` is called with, once or more.
+VENVS = {
+    "torch": ((_TORCH, "numpy"),),
+    "flower": (("flwr[simulation]", _TORCH, "numpy"),),
+    "pfl": (("pfl", _TORCH, "numpy"),),
+    # Of the time of jax 0.4.13, the newest that it was found to run on.
+    "fedjax": (
+        (
+            "fedjax==0.0.17",
+            "jax==0.4.13",
+            "jaxlib==0.4.13",
+            "dm-haiku==0.0.10",
+            "numpy<2",
+            "scipy<1.12",
+        ),
+    ),
+    # 3.0 needs Python 3.14; 2.0.3 asks for 3.12 and runs on 3.11.
+    "blazefl": (
+        (_TORCH, "numpy", "tqdm"),
+        ("--ignore-requires-python", "--no-deps", "blazefl==2.0.3"),
+    ),
+}
+RIVALS = {
+    "fedgen": Rival("fedgen", "run_fedgen.py"),
+    "jax": Rival("plain JAX, jitted clients", "run_jax.py", mode="loop"),
+    "jax-scan": Rival(
+        "plain JAX, a scan on every core", "run_jax.py", mode="scan", processes=True
+    ),
+    "jax-serial": Rival("plain JAX, jitted steps", "run_jax.py", mode="serial"),
+    "vmap": Rival("JAX, naive `vmap`", "run_jax.py", mode="vmap"),
+    "torch": Rival("plain PyTorch", "run_torch.py", "torch"),
+    "torch-processes": Rival(
+        "plain PyTorch, a process per core", "run_torch.py", "torch", "", True
+    ),
+    "fedjax": Rival("FedJAX, `jit`", "run_fedjax.py", "fedjax", "jit"),
+    "fedjax-pmap": Rival("FedJAX, `pmap`", "run_fedjax.py", "fedjax", "pmap", True),
+    "pfl": Rival("pfl", "run_pfl.py", "pfl"),
+    "pfl-processes": Rival("pfl, a process per core", "run_pfl.py", "pfl", "", True),
+    "blazefl": Rival(
+        "BlazeFL, a thread per core", "run_blazefl.py", "blazefl", "", True
+    ),
+    "blazefl-single": Rival("BlazeFL, one thread", "run_blazefl.py", "blazefl"),
+    "flower": Rival("Flower, an actor per core", "run_flower.py", "flower", "", True),
+}
+
+
+class Run(NamedTuple):
+    """What one process of a rival took; `error` says why it is nothing."""
+
+    start: float = 0.0  # seconds until the first round
+    rounds: tuple[float, ...] = ()  # seconds of every round
+    peak_bytes: int = 0
+    versions: dict[str, str] | None = None
+    params: Params | None = None
+    error: str = ""
+
+
+def install(venv: str, folder: pathlib.Path) -> tuple[str, str]:
+    """Make an environment if it is missing or of other packages.
+
+    Returns:
+      Its interpreter, and an error message, empty if all is well.
+    """
+    if not venv:
+        return sys.executable, ""
+    path, wanted = folder / venv, json.dumps(VENVS[venv])
+    python, stamp = path / "bin" / "python", folder / f"{venv}.txt"
+    if stamp.exists() and stamp.read_text() == wanted and python.exists():
+        return str(python), ""
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"installing {venv}", file=sys.stderr)
+    commands = [[sys.executable, "-m", "venv", str(path)]]
+    for packages in VENVS[venv]:
+        commands.append([str(python), "-m", "pip", "install", "--quiet", *packages])
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reasons = [x for x in done.stderr.splitlines() if "ERROR" in x]
+            return "", f"not installed: {' '.join(reasons)[:200]}"
+    stamp.write_text(wanted)
+    return str(python), ""
+
+
+def run_once(
+    rival: Rival, python: str, workload: pathlib.Path, timeout: float, chunk: int = 0
+) -> Run:
+    """Run one process of a rival to its end."""
+    cores = len(os.sched_getaffinity(0))
+    processes = cores if rival.processes else 1
+    threads = 1 if rival.processes else cores
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, str(ADAPTERS / rival.script), str(workload), folder]
+        command += [f"--mode={rival.mode}", f"--processes={processes}"]
+        command += [f"--threads={threads}", f"--chunk={chunk}"]
+        environment = dict(os.environ, PYTHONPATH="" if rival.venv else str(ROOT))
+        if rival.venv:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        with open(f"{folder}/log", "w+") as log:
+            begin = time.monotonic()
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                cwd=folder,
+                start_new_session=True,
+            )
+            code = None
+            over = contextlib.suppress(subprocess.TimeoutExpired)
+            with _ended(process), _watch(process.pid) as peak, over:
+                code = process.wait(timeout)
+            log.seek(0)
+            last = "".join(log.readlines()[-1:]).strip()
+        if code is None:
+            return Run(error=f"stopped after {timeout:.0f} s")
+        events = pathlib.Path(folder, "events.jsonl")
+        weights = pathlib.Path(folder, "weights.npz")
+        if code or not weights.exists():
+            return Run(error=f"failed: {last[:200]}")
+        first, *others = map(json.loads, events.read_text().splitlines())
+        times = [first["time"]] + [event["time"] for event in others]
+        with np.load(weights) as arrays:
+            params = dict(arrays)
+        seconds = tuple(b - a for a, b in zip(times[:-1], times[1:], strict=True))
+        return Run(times[0] - begin, seconds, max(peak), first["versions"], params)
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen):
+    """Kill a process and its descendants at the end of a context, or at an error."""
+    try:
+        yield
+    finally:
+        descendants = _family(process.pid)[1:]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for pid in descendants:  # some may have left the group
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def _watch(pid: int):
+    """Sample the memory of a process and its descendants, a list of bytes."""
+    peak, over = [0], threading.Event()
+
+    def sample():
+        while not over.wait(_POLL_SECONDS):
+            peak.append(sum(map(_proportional_bytes, _family(pid))))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        sampler.join()
+
+
+def _family(pid: int) -> list[int]:
+    """List a process and its descendants."""
+    children = []
+    with contextlib.suppress(OSError):
+        for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+            children += map(int, path.read_text().split())
+    return [pid, *(p for child in children for p in _family(child))]
+
+
+def _proportional_bytes(pid: int) -> int:
+    """Read a process's share of memory; 0 if it is gone, or on other systems."""
+    try:
+        lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    sizes = (int(x.split()[1]) * 1024 for x in lines if x.startswith("Pss:"))
+    return next(sizes, 0)
+
+
+def measure_peak(pythons: dict[str, str]) -> float:
+    """Return the highest GFLOP/s that any library multiplies matrices with."""
+    cores = len(os.sched_getaffinity(0))
+    ways = [(sys.executable, "numpy"), (sys.executable, "jax")]
+    ways += [(pythons["torch"], "torch")] if pythons.get("torch") else []
+    return max(
+        float(
+            subprocess.run(
+                [python, str(ADAPTERS / "run_sgemm.py"), library, str(cores)],
+                capture_output=True,
+                check=True,
+                text=True,
+                timeout=300,
+            ).stdout
+        )
+        for python, library in ways
+    )
+
+
+def describe_machine(script: str) -> dict[str, Any]:
+    """Tell where, when and by which command it was measured."""
+    model = platform.processor()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(x.split(": ")[1] for x in lines if x.startswith("model name"))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {model}",
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "command": shlex.join(
+            ["python", "-m", f"experiments.benchmarks.{script}", *sys.argv[1:]]
+        ),
+    }

@@ -1,0 +1,359 @@
+"""Convolution and pooling that stay fast inside loops and for stacked clients.
+
+XLA:CPU runs the gradient of `lax.conv` inside `lax.scan` or `while_loop` 20 to 30
+times slower than outside, and `vmap` over per-client kernels turns a convolution
+into a grouped one, slow everywhere. So there are two forms, and `_suits_library` is the
+one place that chooses:
+
+* On CPU, XLA's convolution with gradients that are turned into plain correlations
+  again (`_correlate`). It copies no patches. Inside a loop, and large gradients of a
+  kernel have one of their own, it runs on one thread, so every core should be a device
+  (`fedgen.core.execution.use_cores`); where a device has many cores, slices use them
+  all. Stacked clients take turns.
+* Elsewhere, and where channels are few, static slices and one matrix product, which
+  `vmap` batches. Two measures bring it close to the speed of the products alone:
+  `_product` fixes the orientation of the product that gives the kernel's gradient, and
+  `convolve_pool` computes two neighbouring columns of a wide kernel as one row of the
+  product, with a kernel that holds two shifted copies. That is `(k+1)/k` times the
+  arithmetic and half the rows, so fewer copies and a wider product.
+
+All agree with `flax.linen.Conv`, `ConvTranspose` and `max_pool` in outputs and in
+gradients, those of tied maxima included. Gradients are by reverse mode, of any order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fedgen.core import execution
+
+Padding = str | int | Sequence[tuple[int, int]]
+_BLOCK = 2**18  # bytes, a part of a core's second-level cache
+_CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
+
+
+@jax.custom_jvp
+def _first_max(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Maximum whose gradient goes to `a` alone where both are equal."""
+    return jnp.maximum(a, b)
+
+
+@_first_max.defjvp
+def _first_max_jvp(primals, tangents):
+    a, b = primals
+    return _first_max(a, b), jnp.where(a >= b, *tangents)
+
+
+@jax.custom_vjp
+def _product(patches: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiply `patches [..., k]` and `kernel [k, o]`.
+
+    The gradient of the kernel is computed as `[o, k]` and turned afterwards. The
+    barrier keeps XLA from folding the turn into the product, whose result would have
+    only `o` columns and which is up to three times slower on CPU where `o` is small.
+    """
+    return patches @ kernel
+
+
+def _product_forward(patches, kernel):
+    return patches @ kernel, (patches, kernel)
+
+
+def _product_backward(residuals, cotangent):
+    patches, kernel = residuals
+    rows = tuple(range(patches.ndim - 1))
+    turned = lax.dot_general(cotangent, patches, ((rows, rows), ((), ())))
+    return cotangent @ kernel.T, lax.optimization_barrier(turned).T
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _pads(
+    size: Sequence[int], kernel: Sequence[int], strides: Sequence[int], padding: Padding
+) -> list[tuple[int, int]]:
+    if isinstance(padding, str):
+        return list(lax.padtype_to_pads(size, kernel, strides, padding))
+    if isinstance(padding, int):
+        return [(padding, padding)] * 2
+    return list(padding)
+
+
+def _pad(x: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
+    """Put zeros around images; a negative width cuts off."""
+    edges = ((0, 0), *pads, (0, 0))
+    return lax.pad(x, jnp.zeros((), x.dtype), [(*edge, 0) for edge in edges])
+
+
+def _check_size(
+    what: str,
+    size: Sequence[int],
+    window: Sequence[int],
+    pads: Sequence = ((0, 0),) * 2,
+) -> None:
+    if any(n + sum(p) < k for n, k, p in zip(size, window, pads, strict=True)):
+        raise ValueError(
+            f"{what} needs an input of at least its window "
+            f"{window[0]}x{window[1]}, padding included, got {size[0]}x{size[1]}"
+        )
+
+
+def _suits_library(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> bool:
+    """Tell whether XLA's own convolution is the faster one; traced, hence free.
+
+    On CPU it is up to three times faster than slices, in a form without dilation, which
+    `_correlate` keeps its gradients in. It has a kernel for float32 only. With few
+    channels on both sides, or one position in the kernel, there is little to copy and
+    slices win.
+    """
+    channels, features = kernel.shape[2:]
+    return (
+        jax.default_backend() == "cpu"
+        and x.dtype == kernel.dtype == jnp.float32
+        and tuple(strides) == (1, 1)
+        and kernel.shape[:2] != (1, 1)
+        and (channels > 4 or features >= 32)
+        and execution.num_cores() <= _CORES * jax.local_device_count()
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _correlate(
+    x: jax.Array, kernel: jax.Array, pads: tuple[tuple[int, int], ...]
+) -> jax.Array:
+    """Correlate with stride 1 by XLA's convolution, gradients included.
+
+    The gradients that JAX would derive dilate, or contract over the batch, which
+    XLA:CPU does by plain loops. Turned as they are here, they are correlations like
+    the first one.
+    """
+
+    # Kernels of several clients would become groups, which are slow everywhere.
+    @jax.custom_batching.sequential_vmap
+    def correlate(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    return correlate(x, kernel)
+
+
+def _correlate_forward(x, kernel, pads):
+    return _correlate(x, kernel, pads), (x, kernel)
+
+
+def _correlate_backward(pads, residuals, cotangent):
+    x, kernel = residuals
+    opposite = tuple(
+        (size - 1 - low, size - 1 - high)
+        for size, (low, high) in zip(kernel.shape[:2], pads, strict=True)
+    )
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    return (
+        _correlate(cotangent, turned, opposite),
+        _towards_kernel(x, cotangent, pads),
+    )
+
+
+def _towards_kernel(
+    x: jax.Array, cotangent: jax.Array, pads: tuple[tuple[int, int], ...]
+) -> jax.Array:
+    """Compute the kernel's gradient, in which the cotangent is the kernel.
+
+    The batch is what it sums over, hence the channels. So large a kernel would be
+    read from memory for every few outputs; blocks of its rows stay in the cache.
+    """
+    images = _pad(x, pads).transpose(3, 1, 2, 0)
+    rows = cotangent.transpose(1, 2, 0, 3)
+    high, none = len(rows), ((0, 0), (0, 0))
+    blocks = -(-high // max(1, _BLOCK // max(1, rows.nbytes // high)))
+    if blocks == 1:
+        return _correlate(images, rows, none).transpose(1, 2, 0, 3)
+    each = -(-high // blocks)
+    window = images.shape[1] - high + each
+    spare = blocks * each - high
+    images = jnp.pad(images, ((0, 0), (0, spare), *none))
+    rows = jnp.pad(rows, ((0, spare), (0, 0), *none)).reshape(
+        blocks, each, *rows.shape[1:]
+    )
+
+    def add(total, block):
+        i, rows = block
+        part = lax.dynamic_slice_in_dim(images, i * each, window, 1)
+        return total + _correlate(part, rows, none), None
+
+    shape = jax.eval_shape(lambda r: _correlate(images[:, :window], r, none), rows[0])
+    total, _ = lax.scan(
+        add, jnp.zeros(shape.shape, shape.dtype), (jnp.arange(blocks), rows)
+    )
+    return total.transpose(1, 2, 0, 3)
+
+
+_correlate.defvjp(_correlate_forward, _correlate_backward)
+
+
+def _by_slices(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+) -> jax.Array:
+    """Correlate by static slices and one matrix product."""
+    window, features = kernel.shape[:2], kernel.shape[-1]
+    x = _pad(x, pads)
+    high, wide = (
+        (n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True)
+    )
+    patches = jnp.concatenate(
+        [
+            x[
+                :,
+                row : row + (high - 1) * strides[0] + 1 : strides[0],
+                col : col + (wide - 1) * strides[1] + 1 : strides[1],
+            ]
+            for row in range(window[0])
+            for col in range(window[1])
+        ],
+        axis=-1,
+    )
+    return _product(patches, kernel.reshape(-1, features))
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int] = (1, 1),
+    padding: Padding = "SAME",
+) -> jax.Array:
+    """Correlate `x [b, h, w, i]` with `kernel [kh, kw, i, o]`.
+
+    Args:
+      x: Images, channels last.
+      kernel: Weights.
+      strides: Steps along height and width.
+      padding: "SAME", "VALID", one width for all sides, or `((low, high), ...)`.
+
+    Returns:
+      `[b, h', w', o]`.
+
+    Raises:
+      ValueError: If the padded input is smaller than the kernel.
+    """
+    window = kernel.shape[:2]
+    pads = _pads(x.shape[1:3], window, strides, padding)
+    _check_size("a convolution", x.shape[1:3], window, pads)
+    if _suits_library(x, kernel, strides):
+        return _correlate(x, kernel, tuple(pads))
+    return _by_slices(x, kernel, strides, pads)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Take the maximum of each 2x2 block, `[b, h, w, c] -> [b, h//2, w//2, c]`.
+
+    An odd last row or column is dropped. Of equal maxima the first, row by row,
+    receives the gradient.
+
+    Raises:
+      ValueError: If the input is smaller than one block.
+    """
+    _check_size("max-pooling", x.shape[1:3], (2, 2))
+    batch, high, wide, channels = x.shape
+    high, wide = high // 2, wide // 2
+    x = x[:, : 2 * high, : 2 * wide].reshape(batch, high, 2, wide, 2, channels)
+    x = _first_max(x[..., 0, :], x[..., 1, :])
+    return _first_max(x[:, :, 0], x[:, :, 1])
+
+
+def convolve_pool(
+    x: jax.Array, kernel: jax.Array, padding: Padding = "SAME"
+) -> jax.Array:
+    """Convolve with stride 1, then take the maximum of each 2x2 block.
+
+    Args:
+      x: Images `[b, h, w, i]`.
+      kernel: Weights `[kh, kw, i, o]`.
+      padding: As in `convolve`.
+
+    Returns:
+      `[b, h'//2, w'//2, o]`.
+
+    Raises:
+      ValueError: If the input is too small for the kernel or for one block.
+    """
+    high, wide, channels, features = kernel.shape
+    pads = _pads(x.shape[1:3], (high, wide), (1, 1), padding)
+    _check_size("a convolution", x.shape[1:3], (high, wide), pads)
+    # For narrower kernels the extra arithmetic outweighs the copies saved, and the
+    # library makes no copies at all.
+    if wide < 5 or _suits_library(x, kernel, (1, 1)):
+        return max_pool(convolve(x, kernel, padding=pads))
+
+    width = x.shape[2] + sum(pads[1]) - wide + 1
+    _check_size("max-pooling", (x.shape[1] + sum(pads[0]) - high + 1, width), (2, 2))
+    pairs, span = width // 2, (wide + 2) // 2  # of outputs; under the wider kernel
+    columns = 2 * (pairs + span - 1)
+    # A negative high padding drops the columns that only a dropped output reads.
+    right = columns - x.shape[2] - pads[1][0]
+    x = _pad(x, (pads[0], (pads[1][0], right)))
+    x = x.reshape(*x.shape[:2], -1, 2 * channels)
+    spare = 2 * span - wide
+    twins = [
+        jnp.pad(kernel, ((0, 0), (shift, spare - shift), (0, 0), (0, 0)))
+        for shift in (0, 1)
+    ]
+    twin = jnp.stack(twins, axis=3).reshape(high, span, 2 * channels, 2 * features)
+    y = _by_slices(x, twin, (1, 1), ((0, 0),) * 2)
+    return max_pool(y.reshape(*y.shape[:2], 2 * pairs, features))
+
+
+def convolve_transposed(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int] = (1, 1),
+    padding: str = "SAME",
+) -> jax.Array:
+    """Correlate `x [b, h, w, i]`, strides - 1 zeros between its pixels, with a kernel.
+
+    Every output position modulo the strides sees its own part of the kernel, so one
+    correlation of `x` itself with all parts gives all outputs, and no zero is ever
+    multiplied (sub-pixel convolution; Shi et al., CVPR 2016).
+
+    Args:
+      x: Images, channels last.
+      kernel: Weights `[kh, kw, i, o]`, not turned around, as in
+        `jax.lax.conv_transpose`.
+      strides: Outputs per input along height and width.
+      padding: "SAME", `[b, sh * h, sw * w, o]`, or "VALID", at least that.
+
+    Raises:
+      ValueError: If the padding is neither.
+    """
+    if padding not in ("SAME", "VALID"):
+        raise ValueError(f"padding must be SAME or VALID, got {padding!r}")
+    window, (channels, features) = kernel.shape[:2], kernel.shape[2:]
+    spans = [-(-k // s) for k, s in zip(window, strides, strict=True)]
+    spare = [
+        (0, span * s - k) for span, s, k in zip(spans, strides, window, strict=True)
+    ]
+    parts = jnp.pad(jnp.flip(kernel, (0, 1)), (*spare, (0, 0), (0, 0)))
+    (high, wide), (down, right) = spans, strides
+    parts = parts.reshape(high, down, wide, right, channels, features)
+    parts = jnp.flip(parts.transpose(0, 2, 4, 1, 3, 5), (0, 1))
+    parts = parts.reshape(high, wide, channels, -1)
+    y = convolve(x, parts, padding=[(span - 1, span - 1) for span in spans])
+    y = y.reshape(*y.shape[:3], down, right, features).transpose(0, 1, 3, 2, 4, 5)
+    y = y.reshape(x.shape[0], y.shape[1] * down, -1, features)
+
+    for axis, (size, k, s) in enumerate(
+        zip(x.shape[1:3], window, strides, strict=True), start=1
+    ):
+        overlap = max(k - s, 0)
+        first = overlap // 2 if padding == "SAME" else 0
+        length = s * size + (0 if padding == "SAME" else overlap)
+        y = lax.slice_in_dim(y, first, first + length, axis=axis)
+    return y
