@@ -75,7 +75,9 @@ class Data(NamedTuple):
     """One client's samples, as the client functions of an algorithm see them.
 
     `work` is the share of its local steps that a client gets done this round:
-    1, less for a straggler, 0 for a client that is only padding.
+    1, less for a straggler, 0 for a client that is only padding. `round` counts the
+    rounds before this one, for rates that decay; 0 in evaluation, where a client tunes
+    what it is sent but once.
     """
 
     pool: Pool
@@ -83,6 +85,7 @@ class Data(NamedTuple):
     start: jax.Array  # []
     size: jax.Array  # []
     work: jax.Array  # [] float32
+    round: jax.Array | int = 0  # [] int32
 
     def take(self, position: jax.Array, mask: jax.Array) -> Batch:
         """Gather the samples at `position [b]` of this client, where `mask [b]`."""

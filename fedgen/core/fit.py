@@ -120,6 +120,18 @@ def is_given(weight: jax.Array | float) -> bool:
     return isinstance(weight, jax.core.Tracer) or weight != 0
 
 
+def scale_by_round(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Scale updates by what a schedule gives for the number of rounds before this."""
+
+    def update(updates, state, params=None, *, round, **extra):
+        del params, extra
+        factor = schedule(round)
+        scaled = jax.tree.map(lambda a: a * jnp.asarray(factor, a.dtype), updates)
+        return scaled, state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 Loss = Callable[[Params, Batch, jax.Array], jax.Array]
 
 
@@ -133,11 +145,14 @@ def fit(
 ) -> tuple[Params, Metrics]:
     """Minimise `loss(params, batch, key)` on one client with a fresh optimiser.
 
+    Its updates are told the `round`, which those that do not ask for it never see.
+
     Returns:
       The trained parameters, and `loss` (mean over steps) and `steps`.
     """
     steps = schedule.num_steps(data)
     order_key, loss_key = jax.random.split(key)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(carry):
         i, params, opt_state, total = carry
@@ -145,7 +160,9 @@ def fit(
         value, grads = jax.value_and_grad(loss)(
             params, batch, jax.random.fold_in(loss_key, i)
         )
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, opt_state = optimizer.update(
+            grads, opt_state, params, round=data.round
+        )
         params = optax.apply_updates(params, updates)
         return i + 1, params, opt_state, total + value
 

@@ -137,9 +137,10 @@ def make_round(algorithm: Algorithm, sampler: Sampler, execution: Execution) -> 
                         execution,
                     ),
                     execution.mesh,
-                    whole=range(6),
+                    whole=range(7),
                 )
                 clients[k], sent, work = run(
+                    state.round,
                     server,
                     federation.pool,
                     federation.public,
@@ -186,6 +187,7 @@ def _visit(
     model: Model,
     num_classes: int,
     execution: Execution,
+    number: jax.Array,
     server: PyTree,
     pool: PyTree,
     public: PyTree,
@@ -220,7 +222,7 @@ def _visit(
 
     @functools.partial(jax.jit, inline=True)  # traced once for its shapes and its use
     def visit(id_, start, size, work, client):
-        data = Data(pool, order, start, size, work)
+        data = Data(pool, order, start, size, work, number)
         message = exchange.download(context, server, id_)
         client, upload, metrics = exchange.local(
             context, jax.random.fold_in(key, id_), client, message, data

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -15,7 +16,7 @@ from fedgen.core import execution, participation
 from fedgen.core.algorithm import Algorithm
 from fedgen.core.execution import Execution
 from fedgen.core.federation import Federation
-from fedgen.core.fit import Schedule, is_given
+from fedgen.core.fit import Schedule, is_given, scale_by_round
 from fedgen.core.participation import Sampler
 from fedgen.data import federate, partition, shift, sources
 from fedgen.data.partition import Split
@@ -135,6 +136,10 @@ def local_training(config: Config) -> tuple[optax.GradientTransformation, Schedu
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(config.learning_rate, momentum=momentum),
     )
+    decay = config.learning_rate_decay
+    if is_given(decay - 1):
+        by_round = scale_by_round(lambda round: jnp.power(decay, round))
+        optimizer = optax.chain(optimizer, by_round)
     return optimizer, Schedule(
         config.batch_size, config.local_epochs, config.local_steps or None
     )

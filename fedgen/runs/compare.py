@@ -28,6 +28,7 @@ Grid = Mapping[str, Sequence[str]]
 # What a grid may vary: how clients train, never the problem that they are scored on.
 TUNABLE = (
     "learning_rate",
+    "learning_rate_decay",
     "momentum",
     "weight_decay",
     "local_epochs",

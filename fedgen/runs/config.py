@@ -82,6 +82,9 @@ class Config:
     )
     batch_size: int = _flag(50, "Samples of a local step.")
     learning_rate: float = _flag(0.05, "Local learning rate, above 0.")
+    learning_rate_decay: float = _flag(
+        1.0, "Factor of the learning rate from one round to the next, (0, 1]."
+    )
     momentum: float = _flag(0.5, "Local momentum, [0, 1).")
     weight_decay: float = _flag(5e-4, "Local weight decay, at least 0.")
     model: str = _flag(
@@ -149,7 +152,8 @@ class Config:
         for name in ("alpha", "learning_rate"):
             value = getattr(self, name)
             self._require(name, 0 < value < float("inf"), "above 0 and finite")
-        self._require("participation", 0 < self.participation <= 1, "in (0, 1]")
+        for name in ("participation", "learning_rate_decay"):
+            self._require(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
         for name in ("momentum", "dropout", "stragglers"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         decay = self.weight_decay

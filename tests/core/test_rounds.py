@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from fedgen.algorithms.fedavg import fedavg
-from fedgen.core import participation, rounds, simulate
+from fedgen.core import fit, participation, rounds, simulate
 from fedgen.core.algorithm import Algorithm, Exchange, Mean, State
 from fedgen.core.execution import Execution, make_mesh, place
 from fedgen.core.fit import Schedule
@@ -303,6 +303,25 @@ def test_fedavg_is_a_weighted_mean_of_gradient_steps(federation):
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, start, gradient)
     chex.assert_trees_all_close(state.server.params, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(report.metrics["loss"], value, rtol=1e-5)
+
+
+def test_a_rate_that_decays_is_that_of_its_round(federation):
+    def run(state, optimizer):
+        algorithm = fedavg(optimizer, Schedule(4, 1))
+        round_fn = rounds.make_round(algorithm, participation.full(), Execution())
+        return jax.jit(round_fn)(state, federation, KEY)[0]
+
+    def sgd(rate):
+        return optax.chain(
+            optax.add_decayed_weights(0.1), optax.sgd(rate, momentum=0.5)
+        )
+
+    start = rounds.make_init(fedavg(sgd(1.0), Schedule(4, 1)))(KEY, federation)
+    decayed = by_hand = start
+    halved = optax.chain(sgd(0.1), fit.scale_by_round(lambda round: 0.5**round))
+    for rate in (0.1, 0.05, 0.025):
+        decayed, by_hand = run(decayed, halved), run(by_hand, sgd(rate))
+    chex.assert_trees_all_close(decayed, by_hand, rtol=1e-6)
 
 
 def test_a_sweep_over_seeds_equals_its_runs(federation):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 
 import numpy as np
+import optax
 import pytest
 
 from fedgen.data import sources
@@ -65,3 +66,17 @@ def test_more_samples_than_there_are_is_refused():
     total = len(sources.load(CONFIG.dataset).y)
     with pytest.raises(ValueError, match=f"samples must be at most the {total} of "):
         build.build(dataclasses.replace(CONFIG, samples=total + 1))
+
+
+def test_the_learning_rate_decays_by_round():
+    params = {"w": np.array([1.0, -2.0], np.float32)}
+
+    def updates(decay, round_):
+        config = dataclasses.replace(CONFIG, learning_rate_decay=decay)
+        optimizer = optax.with_extra_args_support(build.local_training(config)[0])
+        state = optimizer.init(params)
+        return optimizer.update(params, state, params, round=round_)[0]["w"]
+
+    constant = updates(1.0, 3)
+    np.testing.assert_array_equal(updates(0.9, 0), constant)
+    np.testing.assert_allclose(updates(0.9, 3), 0.9**3 * constant, rtol=1e-6)

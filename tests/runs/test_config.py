@@ -44,7 +44,11 @@ REFUSED = [
     *({"alpha": x} for x in (0.0, -1.0, float("nan"), float("inf"))),
     *({"learning_rate": x} for x in (0.0, float("nan"), float("inf"))),
     *({"weight_decay": x} for x in (float("nan"), float("inf"))),
-    *({"participation": x} for x in (0.0, 1.5, float("nan"))),
+    *(
+        {name: x}
+        for name in ("participation", "learning_rate_decay")
+        for x in (0.0, 1.5, float("nan"))
+    ),
     *({name: 1.0} for name in ("momentum", "dropout", "stragglers")),
     *({"severity": x} for x in (0, 6)),
     # Wider numbers wrap around: seed 2^32 would silently be seed 0.

@@ -228,6 +228,7 @@ GROUPS = [
     ({"momentum": "0.1,0.9", "server_learning_rate": "0.1,0.01"}, "fedadam", 1),
     ({"b1": "0.5,0.9", "b2": "0.9,0.99", "eps": "1e-3,1e-2"}, "fedyogi", 1),
     ({"pull": "0.5,1", "temperature": "0.7,1", "separation": "0.1,0.2"}, "pfedgm", 1),
+    ({"learning_rate_decay": "1,0.99,0.9"}, {}, 1),
     # Terms that a 0 leaves out, limits, sizes and names.
     ({"momentum": "0,0.5,0.9"}, {}, 2),
     ({"mu": "0,0.1,1"}, {}, 2),
