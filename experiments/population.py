@@ -609,11 +609,6 @@ def work() -> None:
             "seeds must be at least 1 and new_clients at least 2, got "
             f"{SEEDS.value} and {config.new_clients}"
         )
-    if config.rounds <= int(config.hyperparameters["warmup"]):
-        raise ValueError(
-            f"rounds must be more than the warm-up's "
-            f"{config.hyperparameters['warmup']}, got {config.rounds}"
-        )
     folder = pathlib.Path(run.WORKDIR.value or "runs/population")
     folder.mkdir(parents=True, exist_ok=True)
     everything = []

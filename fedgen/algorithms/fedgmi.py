@@ -156,8 +156,7 @@ def fedgmi(
       latent: Size q of its codes.
       vae_epochs: Local epochs of VAEs, at least 1.
       vae_learning_rate: Of Adam for VAEs, restarted every round, above 0.
-      pretrain_rounds: Rounds of the shared VAE, at least 1. A run has to be longer
-        than these and `guided_rounds`, or there is but one component.
+      pretrain_rounds: Rounds of the shared VAE, at least 1.
       guided_rounds: Rounds after them before EM, at least 1.
       concentration: a of a Dirichlet prior of pi, at least 1.
       num_samples: Importance samples, at least 1, of a client's own model; training
@@ -447,6 +446,7 @@ def fedgmi(
         personalise,
         predict_global=predict_global,
         prepare=prepare if num_components is None else None,
+        min_rounds=1 if num_components == 1 else pretrain_rounds + guided_rounds + 1,
     )
     return algorithm
 

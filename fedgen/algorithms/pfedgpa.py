@@ -409,4 +409,5 @@ def pfedgpa(
         personalise,
         predict_global=predict_global,
         receive=receive,
+        min_rounds=warmup + 1,
     )

@@ -93,6 +93,8 @@ class Algorithm(NamedTuple):
         `personalise` does to the download, to be scored beside it; or None.
       prepare: `federation -> algorithm`, called once before anything is traced, by
         algorithms with sizes that only clients' data tell, as a number of clusters.
+      min_rounds: Rounds that a run needs, or what sets the algorithm apart never
+        happens, as after a warm-up.
     """
 
     init: Callable[..., tuple[PyTree, tuple[PyTree, ...]]]
@@ -105,6 +107,7 @@ class Algorithm(NamedTuple):
     predict_global: Callable[..., jax.Array] | None = None
     receive: Callable[..., PyTree] | None = None
     prepare: Callable[..., Algorithm] | None = None
+    min_rounds: int = 1
 
     def prepared(self, federation: Federation) -> Algorithm:
         """Return the algorithm with its sizes settled, itself if they are already."""

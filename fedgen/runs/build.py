@@ -123,10 +123,17 @@ def build_algorithm(config: Config, name: str) -> Algorithm:
     """Build an algorithm with the run's local optimiser and schedule.
 
     Raises:
-      ValueError: If a hyper-parameter is unknown or out of range.
+      ValueError: If a hyper-parameter is unknown or out of range, or the run is too
+        short for what the algorithm does after its first rounds.
     """
     own = config.hyperparameters if name == config.algorithm else {}
-    return algorithms.make(name, *local_training(config), own)
+    algorithm = algorithms.make(name, *local_training(config), own)
+    if config.rounds < algorithm.min_rounds:
+        raise ValueError(
+            f"rounds must be at least {algorithm.min_rounds} for {name} with these "
+            f"hyper-parameters, got {config.rounds}"
+        )
+    return algorithm
 
 
 def local_training(config: Config) -> tuple[optax.GradientTransformation, Schedule]:

@@ -163,7 +163,7 @@ def test_a_small_run_writes_what_is_promised(tmp_path, capsys, monkeypatch):
         ("--variants=ddim:2000:1", "depth must be in"),
         ("--omegas=-2", "omega must be >= -1"),
         ("--groups=0", "groups must be in [1, 20], got 0"),
-        ("--rounds=10", "rounds must be more than the warm-up's 10, got 10"),
+        ("--rounds=10", "rounds must be at least 11 for pfedgpa"),
         ("--new_clients=1", "new_clients at least 2"),
         ("--num_clients=10", "num_clients must be above 10, got 10"),
         ("--set=rank=none", "need a number for rank, layers=all and center=true"),

@@ -80,3 +80,22 @@ def test_the_learning_rate_decays_by_round():
     constant = updates(1.0, 3)
     np.testing.assert_array_equal(updates(0.9, 0), constant)
     np.testing.assert_allclose(updates(0.9, 3), 0.9**3 * constant, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "least"),
+    [
+        ("fedavg", {}, 1),
+        ("fedgmi", {"pretrain_rounds": "3", "guided_rounds": "2"}, 6),
+        ("fedgmi", {"num_components": "1"}, 1),
+        ("pfedgpa", {"warmup": "4"}, 5),
+    ],
+)
+def test_a_run_outlasts_what_comes_before_the_algorithm(name, own, least):
+    config = dataclasses.replace(
+        CONFIG, algorithm=name, hyperparameters=own, rounds=least
+    )
+    build.build_algorithm(config, name)
+    short = dataclasses.replace(config, rounds=least - 1)
+    with pytest.raises(ValueError, match=f"at least {least} for {name}.* {least - 1}"):
+        build.build_algorithm(short, name)
