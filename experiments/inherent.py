@@ -59,6 +59,13 @@ def check(folder: str) -> None:
             raise ValueError(
                 f"runs must have --{name}={wanted}, got {stored[name]} in {folder}"
             )
+    settings = algorithms.settings("fedgmi", stored["hyperparameters"])
+    least = settings["pretrain_rounds"] + settings["guided_rounds"] + 1
+    if stored["rounds"] < least:
+        raise ValueError(
+            f"runs must have at least {least} rounds, or EM never begins, got "
+            f"{stored['rounds']} in {folder}"
+        )
 
 
 def held(federation: Federation, part: str) -> np.ndarray:

@@ -24,8 +24,6 @@ Params = dict[str, np.ndarray]  # by path
 ADAPTERS = pathlib.Path(__file__).parent / "adapters"
 ROOT = pathlib.Path(__file__).parents[2]
 _POLL_SECONDS = 0.5
-
-
 _TORCH = "torch==2.13.0"  # the one build that all rivals on PyTorch are given
 
 

@@ -156,7 +156,8 @@ def fedgmi(
       latent: Size q of its codes.
       vae_epochs: Local epochs of VAEs, at least 1.
       vae_learning_rate: Of Adam for VAEs, restarted every round, above 0.
-      pretrain_rounds: Rounds of the shared VAE, at least 1.
+      pretrain_rounds: Rounds of the shared VAE, at least 1. EM begins after these and
+        `guided_rounds`; until then there is but one component.
       guided_rounds: Rounds after them before EM, at least 1.
       concentration: a of a Dirichlet prior of pi, at least 1.
       num_samples: Importance samples, at least 1, of a client's own model; training

@@ -93,8 +93,8 @@ class Algorithm(NamedTuple):
         `personalise` does to the download, to be scored beside it; or None.
       prepare: `federation -> algorithm`, called once before anything is traced, by
         algorithms with sizes that only clients' data tell, as a number of clusters.
-      min_rounds: Rounds that a run needs, or what sets the algorithm apart never
-        happens, as after a warm-up.
+      min_rounds: Fewest rounds that get beyond the algorithm's own warm-up; runs of
+        `fedgen.runs` refuse fewer.
     """
 
     init: Callable[..., tuple[PyTree, tuple[PyTree, ...]]]

@@ -70,10 +70,11 @@ def make_evaluate(
                     batch_size,
                 ),
                 execution.mesh,
-                whole=range(6),
+                whole=range(7),
             )
             cohorts.append(
                 run(
+                    state.round,
                     state.server,
                     federation.pool,
                     federation.public,
@@ -116,10 +117,11 @@ def make_adapt(algorithm: Algorithm, execution: Execution) -> Callable[..., Stat
                     _adapt, algorithm, cohort.model, federation.num_classes, execution
                 ),
                 execution.mesh,
-                whole=range(5),
+                whole=range(6),
             )
             adapted.append(
                 run(
+                    state.round,
                     state.server,
                     federation.pool,
                     federation.public,
@@ -140,6 +142,7 @@ def _adapt(
     model: Model,
     num_classes: int,
     execution: Execution,
+    round_number: jax.Array,
     server: PyTree,
     pool: PyTree,
     public: PyTree,
@@ -153,7 +156,8 @@ def _adapt(
     context = Context(model, num_classes, public)
 
     def one(id_, rows, client):
-        data = Data(pool, order, rows.start, rows.size, jnp.float32(1))
+        work = jnp.float32(1)
+        data = Data(pool, order, rows.start, rows.size, work, round_number)
         for number, exchange in enumerate(algorithm.exchanges):
             message = exchange.download(context, server, id_)
             own_key = jax.random.fold_in(jax.random.fold_in(key, number), id_)
@@ -169,6 +173,7 @@ def _score(
     num_classes: int,
     execution: Execution,
     batch_size: int,
+    round_number: jax.Array,
     server: PyTree,
     pool: PyTree,
     public: PyTree,
@@ -196,7 +201,8 @@ def _score(
         )
 
     def data_of(rows, work=1.0):
-        return Data(pool, order, rows.start, rows.size, jnp.float32(work))
+        work = jnp.float32(work)
+        return Data(pool, order, rows.start, rows.size, work, round_number)
 
     def one(id_, train, validation, test, client):
         message = algorithm.download(context, server, id_)

@@ -76,8 +76,7 @@ class Data(NamedTuple):
 
     `work` is the share of its local steps that a client gets done this round:
     1, less for a straggler, 0 for a client that is only padding. `round` counts the
-    rounds before this one, for rates that decay; 0 in evaluation, where a client tunes
-    what it is sent but once.
+    rounds before this one, for rates that decay; in evaluation, all rounds so far.
     """
 
     pool: Pool

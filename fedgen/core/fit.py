@@ -121,10 +121,17 @@ def is_given(weight: jax.Array | float) -> bool:
 
 
 def scale_by_round(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Scale updates by what a schedule gives for the number of rounds before this."""
+    """Scale the updates of a local optimiser by the round, as rates that decay do.
 
-    def update(updates, state, params=None, *, round, **extra):
+    Args:
+      schedule: From the number of rounds before this one, which `fit` tells, to the
+        factor.
+    """
+
+    def update(updates, state, params=None, *, round=None, **extra):
         del params, extra
+        if round is None:
+            raise ValueError("scale_by_round needs update(..., round=), as of `fit`")
         factor = schedule(round)
         scaled = jax.tree.map(lambda a: a * jnp.asarray(factor, a.dtype), updates)
         return scaled, state
@@ -145,7 +152,7 @@ def fit(
 ) -> tuple[Params, Metrics]:
     """Minimise `loss(params, batch, key)` on one client with a fresh optimiser.
 
-    Its updates are told the `round`, which those that do not ask for it never see.
+    An optimiser that takes extra arguments gets `round=data.round` with every update.
 
     Returns:
       The trained parameters, and `loss` (mean over steps) and `steps`.

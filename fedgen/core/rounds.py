@@ -187,7 +187,7 @@ def _visit(
     model: Model,
     num_classes: int,
     execution: Execution,
-    number: jax.Array,
+    round_number: jax.Array,
     server: PyTree,
     pool: PyTree,
     public: PyTree,
@@ -222,7 +222,7 @@ def _visit(
 
     @functools.partial(jax.jit, inline=True)  # traced once for its shapes and its use
     def visit(id_, start, size, work, client):
-        data = Data(pool, order, start, size, work, number)
+        data = Data(pool, order, start, size, work, round_number)
         message = exchange.download(context, server, id_)
         client, upload, metrics = exchange.local(
             context, jax.random.fold_in(key, id_), client, message, data
@@ -273,9 +273,9 @@ def _visit(
     chunks = jax.tree.map(lambda a: a.reshape(-1, chunk), (slot, mask, work))
     first = jax.tree.map(lambda a: a[0], chunks)
     shapes = jax.eval_shape(visit_chunk, (clients, sums), first)[1]
-    number = chunks[0].shape[0]
-    visited = jax.tree.map(lambda a: jnp.zeros((number, *a.shape), a.dtype), shapes)
-    nobody = jnp.full((number, chunk), -1, jnp.int32)
+    num_chunks = chunks[0].shape[0]
+    visited = jax.tree.map(lambda a: jnp.zeros((num_chunks, *a.shape), a.dtype), shapes)
+    nobody = jnp.full((num_chunks, chunk), -1, jnp.int32)
     visited = (visited[0]._replace(id=nobody), *visited[1:3], nobody)
 
     def go_on(i, carry):

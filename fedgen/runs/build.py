@@ -130,8 +130,8 @@ def build_algorithm(config: Config, name: str) -> Algorithm:
     algorithm = algorithms.make(name, *local_training(config), own)
     if config.rounds < algorithm.min_rounds:
         raise ValueError(
-            f"rounds must be at least {algorithm.min_rounds} for {name} with these "
-            f"hyper-parameters, got {config.rounds}"
+            f"rounds must be at least {algorithm.min_rounds} for {name}, whose first "
+            f"rounds its hyper-parameters make a warm-up, got {config.rounds}"
         )
     return algorithm
 
@@ -142,11 +142,8 @@ def local_training(config: Config) -> tuple[optax.GradientTransformation, Schedu
     optimizer = optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(config.learning_rate, momentum=momentum),
+        scale_by_round(lambda count: jnp.power(config.learning_rate_decay, count)),
     )
-    decay = config.learning_rate_decay
-    if is_given(decay - 1):
-        by_round = scale_by_round(lambda round: jnp.power(decay, round))
-        optimizer = optax.chain(optimizer, by_round)
     return optimizer, Schedule(
         config.batch_size, config.local_epochs, config.local_steps or None
     )

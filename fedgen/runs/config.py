@@ -83,7 +83,9 @@ class Config:
     batch_size: int = _flag(50, "Samples of a local step.")
     learning_rate: float = _flag(0.05, "Local learning rate, above 0.")
     learning_rate_decay: float = _flag(
-        1.0, "Factor of the learning rate from one round to the next, (0, 1]."
+        1.0,
+        "Factor of --learning_rate from one round to the next, (0, 1]; rates that an "
+        "algorithm has of its own stay.",
     )
     momentum: float = _flag(0.5, "Local momentum, [0, 1).")
     weight_decay: float = _flag(5e-4, "Local weight decay, at least 0.")

@@ -218,3 +218,35 @@ def test_unseen_clients_train_from_the_given_server(toy_federation):
         np.testing.assert_allclose(results[0][i], expected, rtol=1e-5)
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=1e-5)
+
+
+def test_clients_are_told_how_many_rounds_there_were(toy_federation):
+    federation = toy_federation(SIZES)
+    (cohort,) = federation.cohorts
+
+    def tell(context, key, client, message, data):
+        del context, key, client, message
+        return jnp.asarray(data.round, jnp.int32)
+
+    algorithm = shifted()._replace(
+        init=lambda key, federation: ((), (jnp.zeros(len(SIZES), jnp.int32),)),
+        download=lambda context, server, id_: (),
+        local=lambda *args: (tell(*args), (), {"steps": jnp.int32(0)}),
+        personalise=tell,
+        predict=lambda context, server, client, x: jnp.broadcast_to(
+            jax.nn.one_hot(client, 4), (x.shape[0], 4)
+        ),
+        predict_global=None,
+        receive=None,
+    )
+    state = rounds.init_state(algorithm, federation, KEY)
+    state = state._replace(round=jnp.int32(2))
+    scores = jax.jit(evaluate.make_evaluate(algorithm, Execution()))(
+        state, federation, KEY
+    )
+    y, order = np.asarray(federation.pool.y), np.asarray(cohort.order)
+    rows = zip(np.asarray(cohort.test.start), np.asarray(cohort.test.size), strict=True)
+    twos = [int((y[order[start : start + size]] == 2).sum()) for start, size in rows]
+    assert scores.test.correct.tolist() == twos and sum(twos) > 0
+    adapted = evaluate.make_adapt(algorithm, Execution())(state, federation, KEY)
+    assert adapted.clients[0].tolist() == [2] * len(SIZES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -305,10 +307,15 @@ def test_fedavg_is_a_weighted_mean_of_gradient_steps(federation):
     np.testing.assert_allclose(report.metrics["loss"], value, rtol=1e-5)
 
 
-def test_a_rate_that_decays_is_that_of_its_round(federation):
+@pytest.mark.parametrize(("chunk", "devices"), [(None, 1), (2, 1), (1, 2)])
+def test_a_rate_that_decays_is_that_of_its_round(federation, chunk, devices):
+    mesh = make_mesh(devices) if devices > 1 else None
+    federation = place(federation, mesh) if mesh else federation
+
     def run(state, optimizer):
         algorithm = fedavg(optimizer, Schedule(4, 1))
-        round_fn = rounds.make_round(algorithm, participation.full(), Execution())
+        layout = Execution(chunk, mesh)
+        round_fn = rounds.make_round(algorithm, participation.full(), layout)
         return jax.jit(round_fn)(state, federation, KEY)[0]
 
     def sgd(rate):
@@ -322,6 +329,31 @@ def test_a_rate_that_decays_is_that_of_its_round(federation):
     for rate in (0.1, 0.05, 0.025):
         decayed, by_hand = run(decayed, halved), run(by_hand, sgd(rate))
     chex.assert_trees_all_close(decayed, by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_every_exchange_is_told_the_round(federation, traced):
+    def local(context, key, client, message, data):
+        told = Mean(jnp.float32(data.round), jnp.float32(1))
+        return client, told, {"steps": jnp.int32(0)}
+
+    def listen(at):
+        return lambda context, key, server, uploads: (
+            server.at[at].set(uploads[0].message.value),
+            {},
+        )
+
+    algorithm = recorder()._replace(local=local, aggregate=listen(0))
+    algorithm = algorithm._replace(
+        download=lambda context, server, id_: (),
+        more=(Exchange(lambda context, server, id_: (), local, listen(1)),),
+    )
+    clients = (jnp.zeros(len(SIZES), jnp.int32),)
+    state = State(jnp.int32(3), jnp.zeros(2), clients)
+    round_fn = rounds.make_round(algorithm, participation.full(), Execution(2))
+    with contextlib.nullcontext() if traced else jax.disable_jit():
+        state, _ = round_fn(state, federation, KEY)
+    np.testing.assert_array_equal(state.server, [3, 3])
 
 
 def test_a_sweep_over_seeds_equals_its_runs(federation):

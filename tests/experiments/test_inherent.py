@@ -95,6 +95,7 @@ def test_densities_are_of_samples_as_models_see_them(folder):
     [
         ({"algorithm": "fedavg"}, "runs must have --algorithm=fedgmi, got fedavg"),
         ({"partition": "iid"}, "runs must have --partition=mixture, got iid"),
+        ({"rounds": 2}, "runs must have at least 3 rounds, or EM never begins, got 2"),
     ],
 )
 def test_other_runs_are_refused(folder, tmp_path, change, message):

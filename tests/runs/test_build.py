@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -80,12 +81,14 @@ def test_the_learning_rate_decays_by_round():
     constant = updates(1.0, 3)
     np.testing.assert_array_equal(updates(0.9, 0), constant)
     np.testing.assert_allclose(updates(0.9, 3), 0.9**3 * constant, rtol=1e-6)
+    swept = jax.jit(jax.vmap(updates, (0, None)))(np.float32([1.0, 0.9]), 3)
+    np.testing.assert_allclose(swept[0], constant, rtol=1e-6)
+    np.testing.assert_allclose(swept[1], 0.9**3 * constant, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("name", "own", "least"),
     [
-        ("fedavg", {}, 1),
         ("fedgmi", {"pretrain_rounds": "3", "guided_rounds": "2"}, 6),
         ("fedgmi", {"num_components": "1"}, 1),
         ("pfedgpa", {"warmup": "4"}, 5),
