@@ -174,6 +174,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"flags begin with --, got {' '.join(argv[1:])}")
     execution.use_cores()
     peak = processes.measure_peak({})
+    print(f"peak {peak:.0f} GFLOP/s", flush=True)
     rows, starts, chunks = [], {}, list(map(int, FLAGS.chunks))
     for model in FLAGS.models:
         for clients in map(int, FLAGS.clients):
@@ -181,12 +182,12 @@ def main(argv: Sequence[str]) -> None:
                 FLAGS.dataset, model, clients, FLAGS.steps, FLAGS.batch_size
             )
             problem = workloads.load(workload, FLAGS.data_dir)
-            rows += measure(workload, problem, chunks, FLAGS.rounds)
-            print(f"measured {model} with {clients} clients", file=sys.stderr)
+            measured = measure(workload, problem, chunks, FLAGS.rounds)
+            print(f"\n{to_markdown(measured, peak)}", flush=True)
+            rows += measured
         starts[model] = measure_start(model, FLAGS.rounds)
-    print(f"peak {peak:.0f} GFLOP/s\n\n{to_markdown(rows, peak)}")
-    for model, seconds in starts.items():
-        print(f"start to end of one round, {model}: {rivals.spread(seconds)} s")
+        seconds = rivals.spread(starts[model])
+        print(f"start to end of one round, {model}: {seconds} s", flush=True)
     if FLAGS.json:
         everything = {
             **processes.describe_machine("engine"),

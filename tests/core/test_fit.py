@@ -252,3 +252,9 @@ def test_masked_losses():
     found = fit.cross_entropy(jnp.asarray(logits, jnp.float32), batch)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert float(fit.masked_mean(jnp.ones(5), jnp.zeros(5))) == 0.0
+
+
+def test_a_rate_by_round_asks_for_the_round():
+    optimizer = fit.scale_by_round(lambda count: 0.5**count)
+    with pytest.raises(ValueError, match="round="):
+        optimizer.update(PARAMS, optimizer.init(PARAMS))

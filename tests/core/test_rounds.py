@@ -197,10 +197,12 @@ def test_a_client_whose_mean_overflows_once_weighed_is_left_out(federation):
     np.testing.assert_allclose(state.server["mean"], 1.0, rtol=1e-6)
 
 
-def test_means_of_16_bits_are_weighed_and_added_in_float32(federation):
-    values = 1 + np.arange(9) / 128  # of seven binary digits, which bfloat16 has
+@pytest.mark.parametrize(("dtype", "scale"), [("bfloat16", 1), ("float16", 2**14)])
+def test_means_of_16_bits_are_weighed_and_added_in_float32(federation, dtype, scale):
+    # Of seven binary digits, which both have; float16 ends at 65,504.
+    values = scale * (1 + np.arange(9) / 128)
     algorithm = with_mean(
-        lambda id_: jnp.asarray(values, jnp.bfloat16)[id_] * jnp.ones(2, jnp.bfloat16)
+        lambda id_: jnp.asarray(values, dtype)[id_] * jnp.ones(2, dtype)
     )
     state, _ = run(algorithm, federation, participation.full())
     expected = np.average(values, weights=SIZES)
