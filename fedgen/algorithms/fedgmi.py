@@ -166,7 +166,7 @@ def fedgmi(
         it has more.
       upload: "all" components; "top", those of most samples; or "sampled", one.
       num_sent: How many for "top", from 1 to k.
-      vae_every: Rounds from one update of VAEs to the next in stages 2 and 3.
+      vae_every: Rounds from one update of VAEs to the next, counted anew from stage 2.
       payload: Precision of weights on the wire, "float32", "bfloat16" or "float16".
       truth: `[rows]` inherent distribution of every pool row, for the diagnosis above.
       vae: Builds another `fedgen.models.vae.Vae` from the shape of a sample and the
@@ -218,7 +218,7 @@ def fedgmi(
         return Stage(
             after < 0,
             (after >= 0) & (after < guided_rounds),
-            (after >= 0) & (after % vae_every != 0),
+            jnp.where(after < 0, clock, after) % vae_every != 0,
         )
 
     def init(key, federation, num_components=num_components):
@@ -361,8 +361,8 @@ def fedgmi(
                 data.pool.y[data.order], scale * r, context.num_classes
             )
         # Until the first round of stage 2 is over, all components are equal; and what
-        # has not changed is not sent again.
-        known = stage_of(shared.clock - 1)
+        # has not changed is not sent again. The first round needs all that is shared.
+        known = stage_of(jnp.maximum(shared.clock - 1, 0))
         received = jnp.where(known.shared, 1, _num_components(components))
         received = received * (
             one(components.vaes) * ~known.lazy + one(components.classifiers)
