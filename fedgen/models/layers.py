@@ -1,7 +1,7 @@
-"""Flax modules of convolutions, and models made of a body and a linear head.
+"""Flax modules for images, and models made of a body and a linear head.
 
 The modules have the parameters of `flax.linen`'s and agree with them to rounding;
-`fedgen.models.convolution` has what they compute.
+`fedgen.models.convolution` has what convolutions and pooling compute.
 """
 
 from __future__ import annotations
@@ -99,6 +99,40 @@ class ConvPool(nn.Module):
         """Map `[b, h, w, i] -> [b, h'//2, w'//2, features]`."""
         kernel = _kernel(self, x)
         return convolution.convolve_pool(x, kernel, self.padding) + _bias(self)
+
+
+class GroupNorm(nn.Module):
+    """`flax.linen.GroupNorm` for images, which adds up channels as vectors.
+
+    XLA:CPU sums a group one number after the other if its channels are summed with its
+    positions. Here positions come first, which leaves little to the rest, and a pixel
+    is then multiplied by one number and added to another, as are its gradients.
+
+    Attributes:
+      group_size: Channels that share mean and variance.
+      epsilon: Added to the variance.
+    """
+
+    group_size: int
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[b, h, w, c] -> [b, h, w, c]`; `c` must be a multiple of a group."""
+        batch, high, wide, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+
+        def mean(x: jax.Array) -> jax.Array:  # of the group of every channel, [b, c]
+            total = x.sum(1).sum(1).reshape(batch, -1, self.group_size).sum(2)
+            each = total / (high * wide * self.group_size)
+            return jnp.repeat(each, self.group_size, axis=1)
+
+        center = mean(x)
+        variance = jnp.maximum(mean(x**2) - center**2, 0)
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale[None]
+        offset = bias[None] - center * factor
+        return x * factor[:, None, None] + offset[:, None, None]
 
 
 def assemble(

@@ -18,8 +18,8 @@ from fedgen.core.federation import Model
 from fedgen.models import layers
 
 
-def _norm(features: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=None, group_size=math.gcd(features, 16))
+def _norm(features: int) -> layers.GroupNorm:
+    return layers.GroupNorm(math.gcd(features, 16))
 
 
 class Block(nn.Module):

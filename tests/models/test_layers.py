@@ -161,6 +161,37 @@ def test_max_pool_gives_ties_to_the_same_place_as_flax(size):
     )
 
 
+@pytest.mark.parametrize(
+    ("channels", "group_size"), [(16, 16), (12, 4), (6, 1), (6, 2)]
+)
+def test_group_norm_equals_flax(channels, group_size):
+    # Off centre, as after a ReLU, and not of one scale.
+    x = 3 * jax.nn.relu(_images((3, 9, 8, channels))) + 0.1 * jnp.arange(channels)[None, None, None]
+    ours = layers.GroupNorm(group_size)
+    theirs = nn.GroupNorm(num_groups=None, group_size=group_size)
+    params = _draw(ours, x)
+    chex.assert_trees_all_equal_shapes(params, _draw(theirs, x))
+    chex.assert_trees_all_close(
+        *(
+            _values_and_gradients(module, params, x, jax.random.key(2))
+            for module in (ours, theirs)
+        ),
+        atol=TOLERANCE,
+        rtol=TOLERANCE,
+    )
+
+
+def test_group_norm_of_constant_images_is_the_bias():
+    x = jnp.full((2, 4, 4, 4), 3.0)
+    params = {"scale": jnp.ones(4), "bias": jnp.arange(4.0)}
+    values, (_, towards_x) = _values_and_gradients(
+        layers.GroupNorm(2), params, x, jax.random.key(2)
+    )
+    expected = jnp.broadcast_to(params["bias"], x.shape)
+    np.testing.assert_allclose(values, expected, atol=TOLERANCE)
+    assert np.isfinite(towards_x).all()
+
+
 def test_max_pool_passes_nan_on():
     x = (
         jnp.zeros((4, 2, 2, 1))
