@@ -2,9 +2,11 @@
 
 XLA:CPU runs the gradient of `lax.conv` inside `lax.scan` or `while_loop` 20 to 30
 times slower than outside, and `vmap` over per-client kernels turns a convolution
-into a grouped one, slow everywhere. So there are two forms, and `_suits_library` is the
-one place that chooses:
+into a grouped one, slow everywhere. So there are three forms, and `_form` is the one
+place that chooses:
 
+* On CPU, for 3x3 and 5x5 kernels between many channels, minimal filtering, which takes
+  about half of the arithmetic (`fedgen.models.winograd`).
 * On CPU, XLA's convolution with gradients that are turned into plain correlations
   again (`_correlate`). It copies no patches. Inside a loop, and large gradients of a
   kernel have one of their own, it runs on one thread, so every core should be a device
@@ -31,10 +33,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedgen.core import execution
+from fedgen.models import winograd
 
 Padding = str | int | Sequence[tuple[int, int]]
 _BLOCK = 2**18  # bytes, a part of a core's second-level cache
 _CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
+_CHANNELS, _TILES = 32, 128  # from which on minimal filtering is the faster form
 
 
 @jax.custom_jvp
@@ -103,23 +107,38 @@ def _check_size(
         )
 
 
-def _suits_library(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> bool:
-    """Tell whether XLA's own convolution is the faster one; traced, hence free.
+def _form(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+) -> str:
+    """Choose the fastest form, "blocks", "library" or "slices"; traced, hence free.
 
-    On CPU it is up to three times faster than slices, in a form without dilation, which
-    `_correlate` keeps its gradients in. It has a kernel for float32 only. With few
-    channels on both sides, or one position in the kernel, there is little to copy and
-    slices win.
+    On CPU XLA's own convolution is up to three times faster than slices, in a form
+    without dilation, which `_correlate` keeps its gradients in. It has a kernel for
+    float32 only. With few channels on both sides, or one position in the kernel, there
+    is little to copy and slices win. Minimal filtering in blocks beats both where
+    channels are so many that products outweigh sums, and tiles fill a product.
     """
-    channels, features = kernel.shape[2:]
-    return (
-        jax.default_backend() == "cpu"
-        and x.dtype == kernel.dtype == jnp.float32
-        and tuple(strides) == (1, 1)
-        and kernel.shape[:2] != (1, 1)
-        and (channels > 4 or features >= 32)
-        and execution.num_cores() <= _CORES * jax.local_device_count()
-    )
+    high, wide, channels, features = kernel.shape
+    if (
+        jax.default_backend() != "cpu"
+        or not x.dtype == kernel.dtype == jnp.float32
+        or tuple(strides) != (1, 1)
+        or (high, wide) == (1, 1)
+        or (channels <= 4 and features < 32)
+        or execution.num_cores() > _CORES * jax.local_device_count()
+    ):
+        return "slices"
+    if (
+        high == wide
+        and high in winograd.FILTERS
+        and min(channels, features) >= _CHANNELS
+        and winograd.tiles_at_once(x.shape, high, pads) >= _TILES
+    ):
+        return "blocks"
+    return "library"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -247,8 +266,11 @@ def convolve(
     window = kernel.shape[:2]
     pads = _pads(x.shape[1:3], window, strides, padding)
     _check_size("a convolution", x.shape[1:3], window, pads)
-    if _suits_library(x, kernel, strides):
-        return _correlate(x, kernel, tuple(pads))
+    match _form(x, kernel, strides, pads):
+        case "blocks":
+            return winograd.correlate(x, kernel, pads)
+        case "library":
+            return _correlate(x, kernel, tuple(pads))
     return _by_slices(x, kernel, strides, pads)
 
 
@@ -288,13 +310,25 @@ def convolve_pool(
     high, wide, channels, features = kernel.shape
     pads = _pads(x.shape[1:3], (high, wide), (1, 1), padding)
     _check_size("a convolution", x.shape[1:3], (high, wide), pads)
+    height, width = (
+        size + sum(pad) - taps + 1
+        for size, pad, taps in zip(x.shape[1:3], pads, (high, wide), strict=True)
+    )
+    _check_size("max-pooling", (height, width), (2, 2))
+    form = _form(x, kernel, (1, 1), pads)
+    if form == "blocks":
+        # A negative width drops an odd last row or column.
+        even = tuple(
+            (first, last - size % 2)
+            for size, (first, last) in zip((height, width), pads, strict=True)
+        )
+        top, bottom = winograd.correlate_in_blocks(x, kernel, even)
+        return _first_max(_first_max(*top), _first_max(*bottom))
     # For narrower kernels the extra arithmetic outweighs the copies saved, and the
     # library makes no copies at all.
-    if wide < 5 or _suits_library(x, kernel, (1, 1)):
+    if wide < 5 or form == "library":
         return max_pool(convolve(x, kernel, padding=pads))
 
-    width = x.shape[2] + sum(pads[1]) - wide + 1
-    _check_size("max-pooling", (x.shape[1] + sum(pads[0]) - high + 1, width), (2, 2))
     pairs, span = width // 2, (wide + 2) // 2  # of outputs; under the wider kernel
     columns = 2 * (pairs + span - 1)
     # A negative high padding drops the columns that only a dropped output reads.

@@ -14,11 +14,20 @@ from fedgen.models import convolution, layers
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=["as chosen", "slices"])
+@pytest.fixture(params=["as chosen", "slices", "library", "blocks"])
 def form(request, monkeypatch):
-    """Test what this platform chooses, and what accelerators do."""
-    if request.param == "slices":
-        monkeypatch.setattr(convolution, "_suits_library", lambda *_: False)
+    """Test what this platform chooses, what accelerators do, and what suits little."""
+
+    def form(x, kernel, strides, pads):
+        wanted = request.param
+        if wanted == "blocks" and not (
+            strides == (1, 1) and kernel.shape[:2] in ((3, 3), (5, 5))
+        ):
+            pytest.skip("no such algorithm")
+        return "slices" if wanted == "library" and strides != (1, 1) else wanted
+
+    if request.param != "as chosen":
+        monkeypatch.setattr(convolution, "_form", form)
 
 
 def _values_and_gradients(module, params, x, cotangent_key):
@@ -166,7 +175,10 @@ def test_max_pool_gives_ties_to_the_same_place_as_flax(size):
 )
 def test_group_norm_equals_flax(channels, group_size):
     # Off centre, as after a ReLU, and not of one scale.
-    x = 3 * jax.nn.relu(_images((3, 9, 8, channels))) + 0.1 * jnp.arange(channels)[None, None, None]
+    x = (
+        3 * jax.nn.relu(_images((3, 9, 8, channels)))
+        + 0.1 * jnp.arange(channels)[None, None, None]
+    )
     ours = layers.GroupNorm(group_size)
     theirs = nn.GroupNorm(num_groups=None, group_size=group_size)
     params = _draw(ours, x)
