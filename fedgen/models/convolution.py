@@ -30,6 +30,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fedgen.core import execution
@@ -38,7 +39,9 @@ from fedgen.models import winograd
 Padding = str | int | Sequence[tuple[int, int]]
 _BLOCK = 2**18  # bytes, a part of a core's second-level cache
 _CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
-_CHANNELS, _TILES = 32, 128  # from which on minimal filtering is the faster form
+# Channels, tiles of an image and tiles at once, from which on minimal filtering is the
+# faster form. Of small images, which take little time, it would be long to compile.
+_BLOCKS = 32, 16, 128
 
 
 @jax.custom_jvp
@@ -131,13 +134,10 @@ def _form(
         or execution.num_cores() > _CORES * jax.local_device_count()
     ):
         return "slices"
-    if (
-        high == wide
-        and high in winograd.FILTERS
-        and min(channels, features) >= _CHANNELS
-        and winograd.tiles_at_once(x.shape, high, pads) >= _TILES
-    ):
-        return "blocks"
+    if high == wide and high in winograd.FILTERS:
+        sizes = min(channels, features), *winograd.num_tiles(x.shape, high, pads)
+        if all(size >= least for size, least in zip(sizes, _BLOCKS, strict=True)):
+            return "blocks"
     return "library"
 
 
@@ -222,23 +222,38 @@ def _by_slices(
     strides: Sequence[int],
     pads: Sequence[tuple[int, int]],
 ) -> jax.Array:
-    """Correlate by static slices and one matrix product."""
+    """Correlate by static slices and one matrix product.
+
+    Positions are first dealt out by their remainders under the strides. Slices that
+    skip would have gradients with zeros in between, which take much longer to add up.
+    """
     window, features = kernel.shape[:2], kernel.shape[-1]
-    x = _pad(x, pads)
+    sizes = [n + sum(pad) for n, pad in zip(x.shape[1:3], pads, strict=True)]
     high, wide = (
-        (n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True)
+        (n - k) // s + 1 for n, k, s in zip(sizes, window, strides, strict=True)
     )
-    patches = jnp.concatenate(
+    x = _pad(
+        x,
         [
-            x[
-                :,
-                row : row + (high - 1) * strides[0] + 1 : strides[0],
-                col : col + (wide - 1) * strides[1] + 1 : strides[1],
-            ]
-            for row in range(window[0])
-            for col in range(window[1])
+            (low, up + -n % s)
+            for n, (low, up), s in zip(sizes, pads, strides, strict=True)
         ],
-        axis=-1,
+    )
+    down, right = strides
+    batch, rows, columns, channels = x.shape
+    x = x.reshape(batch, rows // down, down, columns // right, right, channels)
+    dealt = [
+        [part[:, :, 0, :, 0] for part in jnp.split(some, right, axis=4)]
+        for some in jnp.split(x, down, axis=2)
+    ]
+
+    def seen_from(row, column):  # by one position of the window
+        top, left = row // down, column // right
+        part = dealt[row % down][column % right]
+        return part[:, top : top + high, left : left + wide]
+
+    patches = jnp.concatenate(
+        [seen_from(row, column) for row, column in np.ndindex(*window)], axis=-1
     )
     return _product(patches, kernel.reshape(-1, features))
 

@@ -110,18 +110,19 @@ def _transform_tiles(x: jax.Array, taps: int, pads: Pads) -> Grid:
     return [[part.reshape(-1, channels) for part in row] for row in tiles]
 
 
-def _num_tiles(shape: Sequence[int], taps: int, pads: Pads) -> tuple[int, int]:
-    """Count the tiles of an image `[h, w]`, downwards and to the right."""
+def _grid(shape: Sequence[int], taps: int, pads: Pads) -> tuple[int, int]:
+    """Count the tiles of images `[b, h, w, i]`, downwards and to the right."""
     high, wide = (
-        (size + sum(pad) - taps + 1) // 2 for size, pad in zip(shape, pads, strict=True)
+        (size + sum(pad) - taps + 1) // 2
+        for size, pad in zip(shape[1:3], pads, strict=True)
     )
     return high, wide
 
 
-def tiles_at_once(shape: Sequence[int], taps: int, pads: Pads) -> int:
-    """Tell how many tiles of images `[b, h, w, i]` a matrix product is about."""
-    high, wide = _num_tiles(shape[1:3], taps, pads)
-    return _images_at_once(shape[0], high * wide) * high * wide
+def num_tiles(shape: Sequence[int], taps: int, pads: Pads) -> tuple[int, int]:
+    """Count the tiles of one of the images `[b, h, w, i]`, and those at once."""
+    high, wide = _grid(shape, taps, pads)
+    return high * wide, high * wide * _images_at_once(shape[0], high * wide)
 
 
 def _images_at_once(batch: int, tiles: int) -> int:
@@ -153,7 +154,7 @@ def correlate_in_blocks(x: jax.Array, kernel: jax.Array, pads: Pads) -> Grid:
       result `[b, h', w', o]`.
     """
     taps, weight = len(kernel), _transform_kernel(kernel)
-    high, wide = _num_tiles(x.shape[1:3], taps, pads)
+    high, wide = _grid(x.shape, taps, pads)
 
     def of_some(x):
         products = [
@@ -189,7 +190,7 @@ def _backward(pads, residuals, cotangent):
 
     p = len(FILTERS[taps].kernel)
     zeros = [[jnp.zeros(kernel.shape[2:], kernel.dtype)] * p] * p
-    high, wide = _num_tiles(x.shape[1:3], taps, pads)
+    high, wide = _grid(x.shape, taps, pads)
     weight, _ = lax.scan(of_some, zeros, _divide((x, cotangent), high * wide))
     weight = jnp.stack([jnp.stack(row) for row in weight])
     (towards_kernel,) = jax.linear_transpose(_transform_kernel, kernel)(weight)

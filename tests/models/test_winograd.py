@@ -140,7 +140,8 @@ def test_parts_of_a_batch_are_equal_and_at_least_two(batch, tiles, images):
         ((10, 30, 30, 32), (3, 3, 32, 64), "blocks"),  # pfl-research's network
         ((32, 14, 14, 32), (5, 5, 32, 64), "blocks"),  # LEAF's
         ((32, 32, 32, 16), (3, 3, 16, 16), "library"),  # few channels
-        ((32, 4, 4, 256), (3, 3, 256, 256), "library"),  # few tiles
+        ((50, 6, 6, 32), (3, 3, 32, 64), "library"),  # few tiles
+        ((6, 8, 8, 64), (3, 3, 64, 64), "library"),  # few images
         ((32, 16, 16, 64), (4, 4, 64, 64), "library"),  # no such algorithm
         ((32, 16, 16, 64), (1, 1, 64, 64), "slices"),
         ((32, 28, 28, 1), (5, 5, 1, 16), "slices"),
