@@ -39,9 +39,9 @@ from fedgen.models import winograd
 Padding = str | int | Sequence[tuple[int, int]]
 _BLOCK = 2**18  # bytes, a part of a core's second-level cache
 _CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
-# Channels, tiles of an image and tiles at once, from which on minimal filtering is the
-# faster form. Of small images, which take little time, it would be long to compile.
-_BLOCKS = 32, 16, 128
+# From where on minimal filtering is faster. Smaller images take little time anyhow, and
+# its programs take long to compile.
+_CHANNELS, _TILES, _TILES_AT_ONCE = 32, 16, 128
 
 
 @jax.custom_jvp
@@ -91,12 +91,6 @@ def _pads(
     return list(padding)
 
 
-def _pad(x: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
-    """Put zeros around images; a negative width cuts off."""
-    edges = ((0, 0), *pads, (0, 0))
-    return lax.pad(x, jnp.zeros((), x.dtype), [(*edge, 0) for edge in edges])
-
-
 def _check_size(
     what: str,
     size: Sequence[int],
@@ -116,12 +110,12 @@ def _form(
     strides: Sequence[int],
     pads: Sequence[tuple[int, int]],
 ) -> str:
-    """Choose the fastest form, "blocks", "library" or "slices"; traced, hence free.
+    """Choose the fastest form, "winograd", "library" or "slices"; traced, hence free.
 
     On CPU XLA's own convolution is up to three times faster than slices, in a form
     without dilation, which `_correlate` keeps its gradients in. It has a kernel for
     float32 only. With few channels on both sides, or one position in the kernel, there
-    is little to copy and slices win. Minimal filtering in blocks beats both where
+    is little to copy and slices win. Minimal filtering beats both where
     channels are so many that products outweigh sums, and tiles fill a product.
     """
     high, wide, channels, features = kernel.shape
@@ -135,9 +129,15 @@ def _form(
     ):
         return "slices"
     if high == wide and high in winograd.FILTERS:
-        sizes = min(channels, features), *winograd.num_tiles(x.shape, high, pads)
-        if all(size >= least for size, least in zip(sizes, _BLOCKS, strict=True)):
-            return "blocks"
+        even = winograd.make_even(x.shape, high, pads)
+        each, at_once = winograd.num_tiles(x.shape, high, even)
+        if (
+            min(channels, features) >= _CHANNELS
+            and len(x) > 1
+            and each >= _TILES
+            and at_once >= _TILES_AT_ONCE
+        ):
+            return "winograd"
     return "library"
 
 
@@ -168,13 +168,8 @@ def _correlate_forward(x, kernel, pads):
 
 def _correlate_backward(pads, residuals, cotangent):
     x, kernel = residuals
-    opposite = tuple(
-        (size - 1 - low, size - 1 - high)
-        for size, (low, high) in zip(kernel.shape[:2], pads, strict=True)
-    )
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     return (
-        _correlate(cotangent, turned, opposite),
+        _correlate(cotangent, *winograd.turn(kernel, pads)),
         _towards_kernel(x, cotangent, pads),
     )
 
@@ -187,7 +182,7 @@ def _towards_kernel(
     The batch is what it sums over, hence the channels. So large a kernel would be
     read from memory for every few outputs; blocks of its rows stay in the cache.
     """
-    images = _pad(x, pads).transpose(3, 1, 2, 0)
+    images = winograd.pad(x, pads).transpose(3, 1, 2, 0)
     rows = cotangent.transpose(1, 2, 0, 3)
     high, none = len(rows), ((0, 0), (0, 0))
     blocks = -(-high // max(1, _BLOCK // max(1, rows.nbytes // high)))
@@ -224,15 +219,15 @@ def _by_slices(
 ) -> jax.Array:
     """Correlate by static slices and one matrix product.
 
-    Positions are first dealt out by their remainders under the strides. Slices that
-    skip would have gradients with zeros in between, which take much longer to add up.
+    Positions are first dealt out by their remainders under the strides, since slices
+    that skip have gradients with zeros in between, which a CPU is slow to add up.
     """
     window, features = kernel.shape[:2], kernel.shape[-1]
     sizes = [n + sum(pad) for n, pad in zip(x.shape[1:3], pads, strict=True)]
     high, wide = (
         (n - k) // s + 1 for n, k, s in zip(sizes, window, strides, strict=True)
     )
-    x = _pad(
+    x = winograd.pad(
         x,
         [
             (low, up + -n % s)
@@ -242,6 +237,7 @@ def _by_slices(
     down, right = strides
     batch, rows, columns, channels = x.shape
     x = x.reshape(batch, rows // down, down, columns // right, right, channels)
+    # Split, not indexed: its gradient puts parts together, and adds no zeros up.
     dealt = [
         [part[:, :, 0, :, 0] for part in jnp.split(some, right, axis=4)]
         for some in jnp.split(x, down, axis=2)
@@ -282,7 +278,7 @@ def convolve(
     pads = _pads(x.shape[1:3], window, strides, padding)
     _check_size("a convolution", x.shape[1:3], window, pads)
     match _form(x, kernel, strides, pads):
-        case "blocks":
+        case "winograd":
             return winograd.correlate(x, kernel, pads)
         case "library":
             return _correlate(x, kernel, tuple(pads))
@@ -325,18 +321,11 @@ def convolve_pool(
     high, wide, channels, features = kernel.shape
     pads = _pads(x.shape[1:3], (high, wide), (1, 1), padding)
     _check_size("a convolution", x.shape[1:3], (high, wide), pads)
-    height, width = (
-        size + sum(pad) - taps + 1
-        for size, pad, taps in zip(x.shape[1:3], pads, (high, wide), strict=True)
-    )
+    height, width = winograd.output_size(x.shape, (high, wide), pads)
     _check_size("max-pooling", (height, width), (2, 2))
     form = _form(x, kernel, (1, 1), pads)
-    if form == "blocks":
-        # A negative width drops an odd last row or column.
-        even = tuple(
-            (first, last - size % 2)
-            for size, (first, last) in zip((height, width), pads, strict=True)
-        )
+    if form == "winograd":
+        even = winograd.make_even(x.shape, high, pads, step=-1)
         top, bottom = winograd.correlate_in_blocks(x, kernel, even)
         return _first_max(_first_max(*top), _first_max(*bottom))
     # For narrower kernels the extra arithmetic outweighs the copies saved, and the
@@ -348,7 +337,7 @@ def convolve_pool(
     columns = 2 * (pairs + span - 1)
     # A negative high padding drops the columns that only a dropped output reads.
     right = columns - x.shape[2] - pads[1][0]
-    x = _pad(x, (pads[0], (pads[1][0], right)))
+    x = winograd.pad(x, (pads[0], (pads[1][0], right)))
     x = x.reshape(*x.shape[:2], -1, 2 * channels)
     spare = 2 * span - wide
     twins = [

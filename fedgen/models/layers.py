@@ -106,7 +106,7 @@ class GroupNorm(nn.Module):
 
     XLA:CPU sums a group one number after the other if its channels are summed with its
     positions. Here positions come first, which leaves little to the rest, and a pixel
-    is then multiplied by one number and added to another, as are its gradients.
+    is then multiplied by one number and added to another.
 
     Attributes:
       group_size: Channels that share mean and variance.
@@ -118,13 +118,25 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `[b, h, w, c] -> [b, h, w, c]`; `c` must be a multiple of a group."""
+        """Map `[b, h, w, c] -> [b, h, w, c]`.
+
+        Raises:
+          ValueError: If `c` is no multiple of the size of a group.
+        """
         batch, high, wide, channels = x.shape
+        if channels % self.group_size:
+            raise ValueError(
+                f"channels must be a multiple of the {self.group_size} of a group, "
+                f"got {channels}"
+            )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
         def mean(x: jax.Array) -> jax.Array:  # of the group of every channel, [b, c]
-            total = x.sum(1).sum(1).reshape(batch, -1, self.group_size).sum(2)
+            # Two sums, as one over both axes is a fifth slower.
+            total = x.astype(jnp.promote_types(x.dtype, jnp.float32)).sum(1).sum(1)
+            groups = channels // self.group_size
+            total = total.reshape(batch, groups, self.group_size).sum(2)
             each = total / (high * wide * self.group_size)
             return jnp.repeat(each, self.group_size, axis=1)
 

@@ -12,9 +12,9 @@ arithmetic for 3x3 kernels and 1 / 2.04 for 5x5. The latter join the algorithms 
 three and for two taps, so that A and B hold nothing but 0, 1 and -1, and rounding is
 hardly worse than that of plain sums; fewer products still would make it much worse.
 
-Images are worked on a few at a time, so that what lies between the transforms stays in
-a core's cache. The loop has a second use: XLA fuses sums with whatever reads them, and
-would compute them again for every one of 16 or 49 readers, but not across a loop.
+Images are worked on a few at a time, which keeps small what lies between transforms.
+The loop has a second use: XLA fuses sums with whatever reads them, and would compute
+them again for every one of 16 or 49 readers, but not across a loop of several turns.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import numpy as np
 import scipy.linalg
 from jax import lax
 
-Pads = Sequence[tuple[int, int]]
-Grid = list[list[jax.Array]]
+Pads = Sequence[tuple[int, int]]  # of rows and of columns; a negative one cuts off
+Grid = list[list[jax.Array]]  # by coordinates, or by places in a 2x2 block
 
-_TILES = 256  # at once, or a little less
+_TILES = 256  # at once, unless an image alone has more
 
 
 class Filter(NamedTuple):
@@ -91,17 +91,50 @@ def _transform_kernel(kernel: jax.Array) -> jax.Array:
     return jnp.einsum("ua,vb,abio->uvio", g, g, kernel, precision="highest")
 
 
-def _transform_tiles(x: jax.Array, taps: int, pads: Pads) -> Grid:
-    """Compute `B^T d B` of all tiles of padded images, `[tiles, i]` each."""
+def pad(x: jax.Array, pads: Pads) -> jax.Array:
+    """Put zeros around images."""
     edges = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    return lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+
+def output_size(shape: Sequence[int], taps: Sequence[int], pads: Pads) -> list[int]:
+    """Count the rows and columns that come of images `[b, h, w, i]` with stride 1."""
+    return [
+        size + sum(pad) - k + 1
+        for size, pad, k in zip(shape[1:3], pads, taps, strict=True)
+    ]
+
+
+def make_even(
+    shape: Sequence[int], taps: int, pads: Pads, step: int = 1
+) -> tuple[tuple[int, int], ...]:
+    """Pad so that 2x2 blocks fit, with one row or column more, or less with step -1."""
+    sizes = output_size(shape, (taps, taps), pads)
+    return tuple(
+        (low, high + step * (size % 2))
+        for size, (low, high) in zip(sizes, pads, strict=True)
+    )
+
+
+def turn(kernel: jax.Array, pads: Pads) -> tuple[jax.Array, tuple]:
+    """Return the kernel and the pads by which the gradient of images is correlated."""
+    opposite = tuple(
+        (k - 1 - low, k - 1 - high)
+        for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)
+    )
+    return jnp.flip(kernel, (0, 1)).swapaxes(2, 3), opposite
+
+
+def _transform_tiles(x: jax.Array, taps: int, pads: Pads) -> Grid:
+    """Compute `B^T d B` of all tiles of images, `[tiles, i]` each."""
+    x = pad(x, pads)
     batch, high, wide, channels = x.shape
     x = x.reshape(batch, high // 2, 2, wide // 2, 2, channels)
-    high, wide = (high - taps + 1) // 2, (wide - taps + 1) // 2
+    down, right = (high - taps + 1) // 2, (wide - taps + 1) // 2
 
     def pixel(row, column):  # of all tiles
-        down, right = row // 2, column // 2
-        return x[:, down : down + high, row % 2, right : right + wide, column % 2]
+        top, left = row // 2, column // 2
+        return x[:, top : top + down, row % 2, left : left + right, column % 2]
 
     span = range(taps + 1)
     tiles = _both_ways(
@@ -110,23 +143,20 @@ def _transform_tiles(x: jax.Array, taps: int, pads: Pads) -> Grid:
     return [[part.reshape(-1, channels) for part in row] for row in tiles]
 
 
-def _grid(shape: Sequence[int], taps: int, pads: Pads) -> tuple[int, int]:
-    """Count the tiles of images `[b, h, w, i]`, downwards and to the right."""
-    high, wide = (
-        (size + sum(pad) - taps + 1) // 2
-        for size, pad in zip(shape[1:3], pads, strict=True)
-    )
-    return high, wide
+def _tiles(shape: Sequence[int], taps: int, pads: Pads) -> tuple[int, int]:
+    """Count the tiles of an image, downwards and to the right."""
+    down, right = (n // 2 for n in output_size(shape, (taps, taps), pads))
+    return down, right
 
 
 def num_tiles(shape: Sequence[int], taps: int, pads: Pads) -> tuple[int, int]:
     """Count the tiles of one of the images `[b, h, w, i]`, and those at once."""
-    high, wide = _grid(shape, taps, pads)
-    return high * wide, high * wide * _images_at_once(shape[0], high * wide)
+    down, right = _tiles(shape, taps, pads)
+    return down * right, down * right * _images_at_once(shape[0], down * right)
 
 
 def _images_at_once(batch: int, tiles: int) -> int:
-    """Divide a batch into equal parts, two or more, of `_TILES` tiles if it can be."""
+    """Divide a batch into equal parts of at most `_TILES` tiles; two, if it has two."""
     most = max(1, min(batch // 2, _TILES // max(1, tiles)))
     return next(n for n in range(most, 0, -1) if batch % n == 0)
 
@@ -140,32 +170,41 @@ def _divide(arrays: Any, tiles: int) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def correlate_in_blocks(x: jax.Array, kernel: jax.Array, pads: Pads) -> Grid:
-    """Correlate with stride 1, to one image for each place in a block of outputs.
+    """Correlate with stride 1; outputs are apart by their places in 2x2 blocks.
 
     Gradients are by reverse mode, of any order.
 
     Args:
       x: Images `[b, h, w, i]`.
       kernel: `[r, r, i, o]`, with r out of `FILTERS`.
-      pads: Zeros around images that make rows and columns even numbers.
+      pads: As `make_even` returns them.
 
     Returns:
       `y[p][q] [b, h' / 2, w' / 2, o]`, the rows `2n + p` and columns `2m + q` of the
       result `[b, h', w', o]`.
     """
-    taps, weight = len(kernel), _transform_kernel(kernel)
-    high, wide = _grid(x.shape, taps, pads)
+    taps = len(kernel)
+    down, right = _tiles(x.shape, taps, pads)
 
-    def of_some(x):
-        products = [
-            [part @ weight[u, v] for v, part in enumerate(row)]
-            for u, row in enumerate(_transform_tiles(x, taps, pads))
-        ]
-        blocks = _both_ways(FILTERS[taps].outputs, products)
-        return jax.tree.map(lambda y: y.reshape(-1, high, wide, y.shape[-1]), blocks)
+    # Batches of small products are slow on a CPU, so stacked clients take turns.
+    @jax.custom_batching.sequential_vmap
+    def correlate(x, kernel):
+        weight = _transform_kernel(kernel)
 
-    blocks = lax.map(of_some, _divide(x, high * wide))
-    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), blocks)
+        def of_some(x):
+            products = [
+                [part @ weight[u, v] for v, part in enumerate(row)]
+                for u, row in enumerate(_transform_tiles(x, taps, pads))
+            ]
+            blocks = _both_ways(FILTERS[taps].outputs, products)
+            return jax.tree.map(
+                lambda y: y.reshape(-1, down, right, y.shape[-1]), blocks
+            )
+
+        blocks = lax.map(of_some, _divide(x, down * right))
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), blocks)
+
+    return correlate(x, kernel)
 
 
 def _forward(x, kernel, pads):
@@ -174,47 +213,68 @@ def _forward(x, kernel, pads):
 
 def _backward(pads, residuals, cotangent):
     x, kernel = residuals
-    taps, features = len(kernel), kernel.shape[-1]
-    opposite = [(taps - 1 - low, taps - 1 - high) for low, high in pads]
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    towards_x = correlate(interleave(cotangent), turned, opposite)
-
-    def of_some(total, some):
-        x, cotangent = some
-        products = _both_ways(FILTERS[taps].outputs.T, cotangent)
-        weight = [
-            [part.T @ y.reshape(-1, features) for part, y in zip(*row, strict=True)]
-            for row in zip(_transform_tiles(x, taps, pads), products, strict=True)
-        ]
-        return jax.tree.map(jnp.add, total, weight), None
-
-    p = len(FILTERS[taps].kernel)
-    zeros = [[jnp.zeros(kernel.shape[2:], kernel.dtype)] * p] * p
-    high, wide = _grid(x.shape, taps, pads)
-    weight, _ = lax.scan(of_some, zeros, _divide((x, cotangent), high * wide))
-    weight = jnp.stack([jnp.stack(row) for row in weight])
-    (towards_kernel,) = jax.linear_transpose(_transform_kernel, kernel)(weight)
-    return towards_x, towards_kernel
+    return (
+        correlate(interleave(cotangent), *turn(kernel, pads)),
+        _towards_kernel(x, cotangent, len(kernel), pads),
+    )
 
 
 correlate_in_blocks.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _towards_kernel(x: jax.Array, cotangent: Grid, taps: int, pads: Pads) -> jax.Array:
+    """Compute the gradient `[r, r, i, o]`, in transformed coordinates until the end."""
+    down, right = _tiles(x.shape, taps, pads)
+    channels, features = x.shape[-1], cotangent[0][0].shape[-1]
+
+    @jax.custom_batching.sequential_vmap
+    def towards_kernel(x, cotangent):
+        def of_some(total, some):
+            x, cotangent = some
+            products = _both_ways(FILTERS[taps].outputs.T, cotangent)
+            weight = [
+                [part.T @ y.reshape(-1, features) for part, y in zip(*row, strict=True)]
+                for row in zip(_transform_tiles(x, taps, pads), products, strict=True)
+            ]
+            return jax.tree.map(jnp.add, total, weight), None
+
+        p = len(FILTERS[taps].kernel)
+        zeros = [[jnp.zeros((channels, features), x.dtype)] * p] * p
+        weight, _ = lax.scan(of_some, zeros, _divide((x, cotangent), down * right))
+        weight = jnp.stack([jnp.stack(row) for row in weight])
+        kernel = jax.ShapeDtypeStruct((taps, taps, channels, features), x.dtype)
+        (gradient,) = jax.linear_transpose(_transform_kernel, kernel)(weight)
+        return gradient
+
+    return towards_kernel(x, cotangent)
+
+
+def _towards_kernel_forward(x, cotangent, taps, pads):
+    return _towards_kernel(x, cotangent, taps, pads), (x, cotangent)
+
+
+def _towards_kernel_backward(taps, pads, residuals, kernel):
+    # It is linear in both, and what it pairs them with is a kernel.
+    x, cotangent = residuals
+    return (
+        correlate(interleave(cotangent), *turn(kernel, pads)),
+        correlate_in_blocks(x, kernel, pads),
+    )
+
+
+_towards_kernel.defvjp(_towards_kernel_forward, _towards_kernel_backward)
+
+
 def interleave(blocks: Grid) -> jax.Array:
     """Put blocks together, `2 x 2` times `[b, h, w, o]` to `[b, 2h, 2w, o]`."""
     y = jnp.stack([jnp.stack(row, axis=3) for row in blocks], axis=2)
-    batch, high, _, wide, _, features = y.shape
-    return y.reshape(batch, 2 * high, 2 * wide, features)
+    batch, down, _, right, _, features = y.shape
+    return y.reshape(batch, 2 * down, 2 * right, features)
 
 
 def correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """Correlate `x [b, h, w, i]` and `kernel [r, r, i, o]` with stride 1."""
-    sizes = [
-        size + sum(pad) - len(kernel) + 1
-        for size, pad in zip(x.shape[1:3], pads, strict=True)
-    ]
-    even = [
-        (low, high + size % 2) for size, (low, high) in zip(sizes, pads, strict=True)
-    ]
-    y = interleave(correlate_in_blocks(x, kernel, tuple(even)))
-    return y[:, : sizes[0], : sizes[1]]
+    rows, columns = output_size(x.shape, kernel.shape[:2], pads)
+    even = make_even(x.shape, len(kernel), pads)
+    return interleave(correlate_in_blocks(x, kernel, even))[:, :rows, :columns]

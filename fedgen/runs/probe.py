@@ -145,18 +145,21 @@ def training_seconds(config: Config, federation: Federation) -> float:
         steps = config.local_epochs * np.ceil(sizes / config.batch_size).sum()
         if config.local_steps:
             steps = config.local_steps * len(sizes)
-        shape = (config.batch_size, *federation.pool.x.shape[1:])
-        total += steps * _step_operations(cohort.model, shape)
+        shape = federation.pool.x.shape[1:]
+        total += steps * config.batch_size * _sample_operations(cohort.model, shape)
     # Baselines do much the same work.
     total *= config.rounds * config.participation * len(config.legs)
     return total / _RATE.get(jax.default_backend(), _FAST)
 
 
-def _step_operations(model: Any, shape: tuple[int, ...]) -> float:
-    """Count the floating-point operations of a gradient; nothing is compiled."""
+def _sample_operations(model: Any, shape: tuple[int, ...]) -> float:
+    """Count the floating-point operations of a gradient; nothing is compiled.
+
+    For one sample, since of loops over a batch only one turn would be counted.
+    """
     params = jax.eval_shape(model.init, jax.random.key(0))
     gradient = jax.jit(jax.grad(lambda params, x: jnp.sum(model.apply(params, x))))
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     return (gradient.lower(params, x).cost_analysis() or {}).get("flops", 0.0)
 
 
