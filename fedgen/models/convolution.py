@@ -35,8 +35,16 @@ from jax import lax
 
 from fedgen.core import execution
 from fedgen.models import winograd
+from fedgen.models.padding import (
+    Padding,
+    Pads,
+    check_size,
+    output_size,
+    pad,
+    to_pads,
+    turn,
+)
 
-Padding = str | int | Sequence[tuple[int, int]]
 _BLOCK = 2**18  # bytes, a part of a core's second-level cache
 _CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
 # From where on minimal filtering is faster. Smaller images take little time anyhow, and
@@ -81,42 +89,19 @@ def _product_backward(residuals, cotangent):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _pads(
-    size: Sequence[int], kernel: Sequence[int], strides: Sequence[int], padding: Padding
-) -> list[tuple[int, int]]:
-    if isinstance(padding, str):
-        return list(lax.padtype_to_pads(size, kernel, strides, padding))
-    if isinstance(padding, int):
-        return [(padding, padding)] * 2
-    return list(padding)
-
-
-def _check_size(
-    what: str,
-    size: Sequence[int],
-    window: Sequence[int],
-    pads: Sequence = ((0, 0),) * 2,
-) -> None:
-    if any(n + sum(p) < k for n, k, p in zip(size, window, pads, strict=True)):
-        raise ValueError(
-            f"{what} needs an input of at least its window "
-            f"{window[0]}x{window[1]}, padding included, got {size[0]}x{size[1]}"
-        )
-
-
 def _form(
     x: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
-    pads: Sequence[tuple[int, int]],
+    pads: Pads,
 ) -> str:
     """Choose the fastest form, "winograd", "library" or "slices"; traced, hence free.
 
     On CPU XLA's own convolution is up to three times faster than slices, in a form
     without dilation, which `_correlate` keeps its gradients in. It has a kernel for
     float32 only. With few channels on both sides, or one position in the kernel, there
-    is little to copy and slices win. Minimal filtering beats both where
-    channels are so many that products outweigh sums, and tiles fill a product.
+    is little to copy and slices win. Minimal filtering beats both where channels are so
+    many that products outweigh sums, and tiles so many that they fill a product.
     """
     high, wide, channels, features = kernel.shape
     if (
@@ -142,9 +127,7 @@ def _form(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _correlate(
-    x: jax.Array, kernel: jax.Array, pads: tuple[tuple[int, int], ...]
-) -> jax.Array:
+def _correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """Correlate with stride 1 by XLA's convolution, gradients included.
 
     The gradients that JAX would derive dilate, or contract over the batch, which
@@ -169,20 +152,18 @@ def _correlate_forward(x, kernel, pads):
 def _correlate_backward(pads, residuals, cotangent):
     x, kernel = residuals
     return (
-        _correlate(cotangent, *winograd.turn(kernel, pads)),
+        _correlate(cotangent, *turn(kernel, pads)),
         _towards_kernel(x, cotangent, pads),
     )
 
 
-def _towards_kernel(
-    x: jax.Array, cotangent: jax.Array, pads: tuple[tuple[int, int], ...]
-) -> jax.Array:
+def _towards_kernel(x: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Array:
     """Compute the kernel's gradient, in which the cotangent is the kernel.
 
     The batch is what it sums over, hence the channels. So large a kernel would be
     read from memory for every few outputs; blocks of its rows stay in the cache.
     """
-    images = winograd.pad(x, pads).transpose(3, 1, 2, 0)
+    images = pad(x, pads).transpose(3, 1, 2, 0)
     rows = cotangent.transpose(1, 2, 0, 3)
     high, none = len(rows), ((0, 0), (0, 0))
     blocks = -(-high // max(1, _BLOCK // max(1, rows.nbytes // high)))
@@ -215,7 +196,7 @@ def _by_slices(
     x: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
-    pads: Sequence[tuple[int, int]],
+    pads: Pads,
 ) -> jax.Array:
     """Correlate by static slices and one matrix product.
 
@@ -223,18 +204,13 @@ def _by_slices(
     that skip have gradients with zeros in between, which a CPU is slow to add up.
     """
     window, features = kernel.shape[:2], kernel.shape[-1]
-    sizes = [n + sum(pad) for n, pad in zip(x.shape[1:3], pads, strict=True)]
     high, wide = (
-        (n - k) // s + 1 for n, k, s in zip(sizes, window, strides, strict=True)
-    )
-    x = winograd.pad(
-        x,
-        [
-            (low, up + -n % s)
-            for n, (low, up), s in zip(sizes, pads, strides, strict=True)
-        ],
+        (n - 1) // s + 1
+        for n, s in zip(output_size(x.shape, window, pads), strides, strict=True)
     )
     down, right = strides
+    x = pad(x, pads)
+    x = pad(x, ((0, -x.shape[1] % down), (0, -x.shape[2] % right)))
     batch, rows, columns, channels = x.shape
     x = x.reshape(batch, rows // down, down, columns // right, right, channels)
     # Split, not indexed: its gradient puts parts together, and adds no zeros up.
@@ -275,8 +251,8 @@ def convolve(
       ValueError: If the padded input is smaller than the kernel.
     """
     window = kernel.shape[:2]
-    pads = _pads(x.shape[1:3], window, strides, padding)
-    _check_size("a convolution", x.shape[1:3], window, pads)
+    pads = to_pads(x.shape[1:3], window, strides, padding)
+    check_size("a convolution", x.shape[1:3], window, pads)
     match _form(x, kernel, strides, pads):
         case "winograd":
             return winograd.correlate(x, kernel, pads)
@@ -294,7 +270,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     Raises:
       ValueError: If the input is smaller than one block.
     """
-    _check_size("max-pooling", x.shape[1:3], (2, 2))
+    check_size("max-pooling", x.shape[1:3], (2, 2))
     batch, high, wide, channels = x.shape
     high, wide = high // 2, wide // 2
     x = x[:, : 2 * high, : 2 * wide].reshape(batch, high, 2, wide, 2, channels)
@@ -319,10 +295,10 @@ def convolve_pool(
       ValueError: If the input is too small for the kernel or for one block.
     """
     high, wide, channels, features = kernel.shape
-    pads = _pads(x.shape[1:3], (high, wide), (1, 1), padding)
-    _check_size("a convolution", x.shape[1:3], (high, wide), pads)
-    height, width = winograd.output_size(x.shape, (high, wide), pads)
-    _check_size("max-pooling", (height, width), (2, 2))
+    pads = to_pads(x.shape[1:3], (high, wide), (1, 1), padding)
+    check_size("a convolution", x.shape[1:3], (high, wide), pads)
+    height, width = output_size(x.shape, (high, wide), pads)
+    check_size("max-pooling", (height, width), (2, 2))
     form = _form(x, kernel, (1, 1), pads)
     if form == "winograd":
         even = winograd.make_even(x.shape, high, pads, step=-1)
@@ -337,7 +313,7 @@ def convolve_pool(
     columns = 2 * (pairs + span - 1)
     # A negative high padding drops the columns that only a dropped output reads.
     right = columns - x.shape[2] - pads[1][0]
-    x = winograd.pad(x, (pads[0], (pads[1][0], right)))
+    x = pad(x, (pads[0], (pads[1][0], right)))
     x = x.reshape(*x.shape[:2], -1, 2 * channels)
     spare = 2 * span - wide
     twins = [

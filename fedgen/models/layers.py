@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedgen.core.federation import Model, Params
 from fedgen.models import convolution
-from fedgen.models.convolution import Padding
+from fedgen.models.padding import Padding
 
 
 def _kernel(module: nn.Module, x: jax.Array) -> jax.Array:

@@ -29,7 +29,9 @@ import numpy as np
 import scipy.linalg
 from jax import lax
 
-Pads = Sequence[tuple[int, int]]  # of rows and of columns; a negative one cuts off
+from fedgen.models import padding
+from fedgen.models.padding import Pads
+
 Grid = list[list[jax.Array]]  # by coordinates, or by places in a 2x2 block
 
 _TILES = 256  # at once, unless an image alone has more
@@ -91,43 +93,20 @@ def _transform_kernel(kernel: jax.Array) -> jax.Array:
     return jnp.einsum("ua,vb,abio->uvio", g, g, kernel, precision="highest")
 
 
-def pad(x: jax.Array, pads: Pads) -> jax.Array:
-    """Put zeros around images."""
-    edges = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
-    return lax.pad(x, jnp.zeros((), x.dtype), edges)
-
-
-def output_size(shape: Sequence[int], taps: Sequence[int], pads: Pads) -> list[int]:
-    """Count the rows and columns that come of images `[b, h, w, i]` with stride 1."""
-    return [
-        size + sum(pad) - k + 1
-        for size, pad, k in zip(shape[1:3], pads, taps, strict=True)
-    ]
-
-
 def make_even(
     shape: Sequence[int], taps: int, pads: Pads, step: int = 1
 ) -> tuple[tuple[int, int], ...]:
     """Pad so that 2x2 blocks fit, with one row or column more, or less with step -1."""
-    sizes = output_size(shape, (taps, taps), pads)
+    sizes = padding.output_size(shape, (taps, taps), pads)
     return tuple(
         (low, high + step * (size % 2))
         for size, (low, high) in zip(sizes, pads, strict=True)
     )
 
 
-def turn(kernel: jax.Array, pads: Pads) -> tuple[jax.Array, tuple]:
-    """Return the kernel and the pads by which the gradient of images is correlated."""
-    opposite = tuple(
-        (k - 1 - low, k - 1 - high)
-        for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)
-    )
-    return jnp.flip(kernel, (0, 1)).swapaxes(2, 3), opposite
-
-
 def _transform_tiles(x: jax.Array, taps: int, pads: Pads) -> Grid:
     """Compute `B^T d B` of all tiles of images, `[tiles, i]` each."""
-    x = pad(x, pads)
+    x = padding.pad(x, pads)
     batch, high, wide, channels = x.shape
     x = x.reshape(batch, high // 2, 2, wide // 2, 2, channels)
     down, right = (high - taps + 1) // 2, (wide - taps + 1) // 2
@@ -145,7 +124,7 @@ def _transform_tiles(x: jax.Array, taps: int, pads: Pads) -> Grid:
 
 def _tiles(shape: Sequence[int], taps: int, pads: Pads) -> tuple[int, int]:
     """Count the tiles of an image, downwards and to the right."""
-    down, right = (n // 2 for n in output_size(shape, (taps, taps), pads))
+    down, right = (n // 2 for n in padding.output_size(shape, (taps, taps), pads))
     return down, right
 
 
@@ -214,7 +193,7 @@ def _forward(x, kernel, pads):
 def _backward(pads, residuals, cotangent):
     x, kernel = residuals
     return (
-        correlate(interleave(cotangent), *turn(kernel, pads)),
+        correlate(interleave(cotangent), *padding.turn(kernel, pads)),
         _towards_kernel(x, cotangent, len(kernel), pads),
     )
 
@@ -258,7 +237,7 @@ def _towards_kernel_backward(taps, pads, residuals, kernel):
     # It is linear in both, and what it pairs them with is a kernel.
     x, cotangent = residuals
     return (
-        correlate(interleave(cotangent), *turn(kernel, pads)),
+        correlate(interleave(cotangent), *padding.turn(kernel, pads)),
         correlate_in_blocks(x, kernel, pads),
     )
 
@@ -275,6 +254,6 @@ def interleave(blocks: Grid) -> jax.Array:
 
 def correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """Correlate `x [b, h, w, i]` and `kernel [r, r, i, o]` with stride 1."""
-    rows, columns = output_size(x.shape, kernel.shape[:2], pads)
+    rows, columns = padding.output_size(x.shape, kernel.shape[:2], pads)
     even = make_even(x.shape, len(kernel), pads)
     return interleave(correlate_in_blocks(x, kernel, even))[:, :rows, :columns]

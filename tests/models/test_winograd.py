@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from fedgen.models import convolution, winograd
+from fedgen.models import convolution, padding, winograd
 
 
 def _plain(x, kernel, pads):
@@ -164,6 +164,7 @@ def test_parts_of_a_batch_are_equal_and_two_or_more_if_it_has_two(batch, tiles, 
         ((36, 7, 7, 32), (3, 3, 32, 32), "winograd"),  # 16 tiles of 12 images
         ((1, 32, 32, 64), (3, 3, 64, 64), "library"),  # nothing to loop over
         ((32, 32, 32, 16), (3, 3, 16, 16), "library"),  # few channels
+        ((32, 32, 32, 64), (3, 3, 64, 16), "library"),  # few features
         ((50, 6, 6, 32), (3, 3, 32, 64), "library"),  # few tiles
         ((6, 8, 8, 64), (3, 3, 64, 64), "library"),  # few images
         ((32, 16, 16, 64), (4, 4, 64, 64), "library"),  # no such algorithm
@@ -174,7 +175,7 @@ def test_parts_of_a_batch_are_equal_and_two_or_more_if_it_has_two(batch, tiles, 
 def test_the_form_follows_the_shapes(images, kernel, form, monkeypatch):
     monkeypatch.setattr(convolution.execution, "num_cores", lambda: 1)
     x, kernel = jnp.zeros(images), jnp.zeros(kernel)
-    pads = convolution._pads(x.shape[1:3], kernel.shape[:2], (1, 1), "SAME")
+    pads = padding.to_pads(x.shape[1:3], kernel.shape[:2], (1, 1), "SAME")
     assert convolution._form(x, kernel, (1, 1), pads) == form
     if form == "winograd":
         strided = convolution._form(x, kernel, (2, 2), pads)

@@ -1,0 +1,60 @@
+"""Zeros around images, and the sizes of what windows make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding = str | int | Sequence[tuple[int, int]]  # as a user says it
+Pads = Sequence[tuple[int, int]]  # of rows and of columns; a negative one cuts off
+
+
+def to_pads(
+    size: Sequence[int], kernel: Sequence[int], strides: Sequence[int], padding: Padding
+) -> list[tuple[int, int]]:
+    """Return the zeros around images of a height and width."""
+    if isinstance(padding, str):
+        return list(lax.padtype_to_pads(size, kernel, strides, padding))
+    if isinstance(padding, int):
+        return [(padding, padding)] * 2
+    return list(padding)
+
+
+def check_size(
+    what: str,
+    size: Sequence[int],
+    window: Sequence[int],
+    pads: Pads = ((0, 0),) * 2,
+) -> None:
+    """Raise a `ValueError` if a window does not fit into images."""
+    if any(n + sum(p) < k for n, k, p in zip(size, window, pads, strict=True)):
+        raise ValueError(
+            f"{what} needs an input of at least its window "
+            f"{window[0]}x{window[1]}, padding included, got {size[0]}x{size[1]}"
+        )
+
+
+def pad(x: jax.Array, pads: Pads) -> jax.Array:
+    """Put zeros around images."""
+    edges = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
+    return lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+
+def output_size(shape: Sequence[int], taps: Sequence[int], pads: Pads) -> list[int]:
+    """Count the rows and columns that come of images `[b, h, w, i]` with stride 1."""
+    return [
+        size + sum(pad) - k + 1
+        for size, pad, k in zip(shape[1:3], pads, taps, strict=True)
+    ]
+
+
+def turn(kernel: jax.Array, pads: Pads) -> tuple[jax.Array, tuple]:
+    """Return the kernel and the pads by which the gradient of images is correlated."""
+    opposite = tuple(
+        (k - 1 - low, k - 1 - high)
+        for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)
+    )
+    return jnp.flip(kernel, (0, 1)).swapaxes(2, 3), opposite
