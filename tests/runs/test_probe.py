@@ -10,6 +10,7 @@ import jax
 import pytest
 import rich.console
 
+from fedgen import models
 from fedgen.data import sources
 from fedgen.runs import build, experiment, leg, probe
 from fedgen.runs.config import Config
@@ -118,6 +119,17 @@ def test_a_short_training_is_not_probed(config, monkeypatch, tmp_path):
     expected = config.rounds * batches * layer / probe._RATE["cpu"]
     found = probe.training_seconds(config, build.build(config).federation)
     assert expected <= found <= 2 * expected
+
+
+def test_all_images_of_a_batch_are_counted():
+    # Of one image: two convolutions of 5x5 kernels, which XLA counts without the zeros
+    # around it, and two dense layers; forwards and twice backwards, but for the image's
+    # own gradient.
+    first, second = (5 * 28 - 6) ** 2 * 32, (5 * 14 - 6) ** 2 * 32 * 64
+    dense = 7**2 * 64 * 512 + 512 * 10
+    expected = 2 * (2 * first + 3 * (second + dense))
+    found = probe._sample_operations(models.build("cnn", (28, 28, 1), 10), (28, 28, 1))
+    assert expected <= found <= 1.5 * expected
 
 
 def test_candidates_are_timed_on_clients_of_the_federation(config):
