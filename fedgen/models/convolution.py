@@ -7,11 +7,10 @@ place that chooses:
 
 * On CPU, for 3x3 and 5x5 kernels between many channels, minimal filtering, which takes
   about half of the arithmetic (`fedgen.models.winograd`).
-* On CPU, XLA's convolution with gradients that are turned into plain correlations
-  again (`_correlate`). It copies no patches. Inside a loop, and large gradients of a
-  kernel have one of their own, it runs on one thread, so every core should be a device
-  (`fedgen.core.execution.use_cores`); where a device has many cores, slices use them
-  all. Stacked clients take turns.
+* On CPU, XLA's convolution with gradients that are turned into a plain correlation
+  again and into products (`_correlate`). It copies no patches. Inside a loop it runs on
+  one thread, so every core should be a device (`fedgen.core.execution.use_cores`);
+  where a device has many cores, slices use them all. Stacked clients take turns.
 * Elsewhere, and where channels are few, static slices and one matrix product, which
   `vmap` batches. Two measures bring it close to the speed of the products alone:
   `_product` fixes the orientation of the product that gives the kernel's gradient, and
@@ -45,7 +44,8 @@ from fedgen.models.padding import (
     turn,
 )
 
-_BLOCK = 2**18  # bytes, a part of a core's second-level cache
+_BLOCK = 2**20  # numbers that are copied at once, which should stay in a cache
+_SMALL = 16  # channels and features up to which XLA has a slower convolution
 _CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
 # From where on minimal filtering is faster. Smaller images take little time anyhow, and
 # its programs take long to compile.
@@ -131,9 +131,16 @@ def _correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """Correlate with stride 1 by XLA's convolution, gradients included.
 
     The gradients that JAX would derive dilate, or contract over the batch, which
-    XLA:CPU does by plain loops. Turned as they are here, they are correlations like
-    the first one.
+    XLA:CPU does by plain loops. Turned as they are here, they are a correlation like
+    the first one and a product.
     """
+    channels, features = kernel.shape[2:]
+    if max(channels, features) <= _SMALL and 2 * features > _SMALL:
+        # XLA leaves so few to a slower library; zeros make them one more.
+        more = _SMALL + 1 - channels if channels == _SMALL else 0
+        wider = 0 if more else _SMALL + 1 - features
+        x = jnp.pad(x, (*((0, 0),) * 3, (0, more)))
+        kernel = jnp.pad(kernel, (*((0, 0),) * 2, (0, more), (0, wider)))
 
     # Kernels of several clients would become groups, which are slow everywhere.
     @jax.custom_batching.sequential_vmap
@@ -142,7 +149,7 @@ def _correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
             x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    return correlate(x, kernel)
+    return correlate(x, kernel)[..., :features]
 
 
 def _correlate_forward(x, kernel, pads):
@@ -157,39 +164,72 @@ def _correlate_backward(pads, residuals, cotangent):
     )
 
 
-def _towards_kernel(x: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Array:
-    """Compute the kernel's gradient, in which the cotangent is the kernel.
-
-    The batch is what it sums over, hence the channels. So large a kernel would be
-    read from memory for every few outputs; blocks of its rows stay in the cache.
-    """
-    images = pad(x, pads).transpose(3, 1, 2, 0)
-    rows = cotangent.transpose(1, 2, 0, 3)
-    high, none = len(rows), ((0, 0), (0, 0))
-    blocks = -(-high // max(1, _BLOCK // max(1, rows.nbytes // high)))
-    if blocks == 1:
-        return _correlate(images, rows, none).transpose(1, 2, 0, 3)
-    each = -(-high // blocks)
-    window = images.shape[1] - high + each
-    spare = blocks * each - high
-    images = jnp.pad(images, ((0, 0), (0, spare), *none))
-    rows = jnp.pad(rows, ((0, spare), (0, 0), *none)).reshape(
-        blocks, each, *rows.shape[1:]
-    )
-
-    def add(total, block):
-        i, rows = block
-        part = lax.dynamic_slice_in_dim(images, i * each, window, 1)
-        return total + _correlate(part, rows, none), None
-
-    shape = jax.eval_shape(lambda r: _correlate(images[:, :window], r, none), rows[0])
-    total, _ = lax.scan(
-        add, jnp.zeros(shape.shape, shape.dtype), (jnp.arange(blocks), rows)
-    )
-    return total.transpose(1, 2, 0, 3)
-
-
 _correlate.defvjp(_correlate_forward, _correlate_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _towards_kernel(x: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Array:
+    """Compute the kernel's gradient `[kh, kw, i, o]`, a product for a few images.
+
+    Images are copied once for every column of the window, cotangents once for every
+    row, each moved by it; the product pairs all rows with all columns. Patches would
+    be a copy for every position, which is less only where channels are few.
+    """
+    window = down, right = output_size(x.shape, cotangent.shape[1:3], pads)
+    high, wide = cotangent.shape[1:3]
+    channels, features = x.shape[-1], cotangent.shape[-1]
+    patches = 2 * right * channels * (down - 1) < down * features
+    low = pads[0][0]
+
+    def moved(x, y):
+        x = pad(x, pads if patches else ((0, 0), pads[1]))
+        x = jnp.concatenate([x[:, :, j : j + wide] for j in range(right)], axis=-1)
+        if patches:
+            rows = [x[:, i : i + high] for i in range(down)]
+            return jnp.concatenate(rows, axis=-1), y
+        spare = x.shape[1] + low - high
+        rows = [pad(y, ((i - low, spare - i), (0, 0))) for i in range(down)]
+        return x, jnp.concatenate(rows, axis=-1)
+
+    @jax.custom_batching.sequential_vmap
+    def towards_kernel(x, cotangent):
+        def add(total, some):
+            x, y = (a.reshape(-1, a.shape[-1]) for a in moved(*some))
+            return total + x.T @ y, None
+
+        batch = len(x)
+        copies = sum(a.size for a in jax.eval_shape(moved, x, cotangent))
+        most = max(1, min(batch, _BLOCK * batch // copies))
+        images = next(n for n in range(most, 0, -1) if batch % n == 0)
+        parts = [a.reshape(-1, images, *a.shape[1:]) for a in (x, cotangent)]
+        shape = (right * channels, down * features)
+        if patches:
+            shape = (down * right * channels, features)
+        total, _ = lax.scan(add, jnp.zeros(shape, x.dtype), parts)
+        if patches:
+            return total.reshape(*window, channels, features)
+        total = total.reshape(right, channels, down, features)
+        return total.transpose(2, 0, 1, 3)
+
+    if not len(x):
+        return jnp.zeros((*window, channels, features), x.dtype)
+    return towards_kernel(x, cotangent)
+
+
+def _towards_kernel_forward(x, cotangent, pads):
+    return _towards_kernel(x, cotangent, pads), (x, cotangent)
+
+
+def _towards_kernel_backward(pads, residuals, kernel):
+    # It is linear in both, and what it pairs them with is a kernel.
+    x, cotangent = residuals
+    return (
+        _correlate(cotangent, *turn(kernel, pads)),
+        _correlate(x, kernel, pads),
+    )
+
+
+_towards_kernel.defvjp(_towards_kernel_forward, _towards_kernel_backward)
 
 
 def _by_slices(

@@ -288,15 +288,20 @@ def test_second_order_gradients_of_the_library_form_equal_those_of_flax():
     )
 
 
-@pytest.mark.parametrize(("rows", "blocks"), [(1, 9), (2, 5), (4, 3), (9, 1)])
-def test_blocks_of_rows_give_the_kernels_gradient(rows, blocks, monkeypatch):
-    # 9 rows of outputs, so that 5 blocks have a spare one.
-    x = _images((2, 9, 8, 6))
+@pytest.mark.parametrize(
+    ("channels", "features", "images", "parts"),
+    [(6, 5, 4, 1), (6, 5, 2, 2), (6, 5, 1, 4), (1, 9, 4, 1), (1, 9, 3, 2)],
+)
+def test_parts_of_a_batch_give_the_kernels_gradient(
+    channels, features, images, parts, monkeypatch
+):
+    # Rows of the window move cotangents, or images if those have so few channels.
+    x = _images((4, 9, 8, channels))
     kernel, cotangent = (
         jax.random.normal(jax.random.key(i), shape)
-        for i, shape in enumerate([(4, 3, 6, 5), (2, 9, 8, 5)])
+        for i, shape in enumerate([(4, 3, channels, features), (4, 7, 9, features)])
     )
-    pads = ((2, 1), (1, 1))
+    pads = ((2, -1), (1, 2))
 
     def loss(kernel):
         dims = ("NHWC", "HWIO", "NHWC")
@@ -305,19 +310,34 @@ def test_blocks_of_rows_give_the_kernels_gradient(rows, blocks, monkeypatch):
         )
         return jnp.vdot(y, cotangent)
 
-    monkeypatch.setattr(convolution, "_BLOCK", rows * cotangent[:, 0].nbytes)
+    copied = 9 * 9 * (3 * 6 + 4 * 5) if channels > 1 else 7 * 9 * (12 + 9)
+    monkeypatch.setattr(convolution, "_BLOCK", images * copied)
     traced = jax.make_jaxpr(lambda x, c: convolution._towards_kernel(x, c, pads))
-    lengths = [
-        equation.params["length"]
-        for equation in traced(x, cotangent).eqns
-        if equation.primitive.name == "scan"
-    ]
-    assert lengths == ([blocks] if blocks > 1 else [])
+    assert f"length={parts}" in str(traced(x, cotangent))
     found, expected = (
         convolution._towards_kernel(x, cotangent, pads),
         jax.grad(loss)(kernel),
     )
     chex.assert_trees_all_close(found, expected, atol=1e-5 * jnp.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("channels", "features", "widened"),
+    [(16, 16, (17, 16)), (12, 16, (12, 17)), (16, 8, None), (16, 17, None)],
+)
+def test_few_channels_are_widened_by_zeros(channels, features, widened):
+    x = _images((2, 6, 5, channels))
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, channels, features))
+    pads = ((1, 1), (1, 1))
+    traced = str(jax.make_jaxpr(lambda *a: convolution._correlate(*a, pads))(x, kernel))
+    wide = [f"f32[3,3,{i},{o}]" in traced for i, o in ((17, 16), (12, 17))]
+    assert wide == [widened == (17, 16), widened == (12, 17)]
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    chex.assert_trees_all_close(
+        convolution._correlate(x, kernel, pads), expected, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_no_images_have_a_gradient_of_zero():
