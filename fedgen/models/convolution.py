@@ -136,7 +136,8 @@ def _correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """
     channels, features = kernel.shape[2:]
     if max(channels, features) <= _SMALL and 2 * features > _SMALL:
-        # XLA leaves so few to a slower library; zeros make them one more.
+        # XLA leaves so few to a slower library; zeros make them one more. For half as
+        # many features they would cost more than they save.
         more = _SMALL + 1 - channels if channels == _SMALL else 0
         wider = 0 if more else _SMALL + 1 - features
         x = jnp.pad(x, (*((0, 0),) * 3, (0, more)))
@@ -197,22 +198,17 @@ def _towards_kernel(x: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Array
             x, y = (a.reshape(-1, a.shape[-1]) for a in moved(*some))
             return total + x.T @ y, None
 
-        batch = len(x)
-        copies = sum(a.size for a in jax.eval_shape(moved, x, cotangent))
-        most = max(1, min(batch, _BLOCK * batch // copies))
-        images = next(n for n in range(most, 0, -1) if batch % n == 0)
+        copies = jax.eval_shape(moved, x, cotangent)
+        size = sum(copy.size for copy in copies)
+        images = winograd.greatest_divisor(len(x), _BLOCK * len(x) // max(1, size))
         parts = [a.reshape(-1, images, *a.shape[1:]) for a in (x, cotangent)]
-        shape = (right * channels, down * features)
-        if patches:
-            shape = (down * right * channels, features)
+        shape = [copy.shape[-1] for copy in copies]
         total, _ = lax.scan(add, jnp.zeros(shape, x.dtype), parts)
         if patches:
             return total.reshape(*window, channels, features)
         total = total.reshape(right, channels, down, features)
         return total.transpose(2, 0, 1, 3)
 
-    if not len(x):
-        return jnp.zeros((*window, channels, features), x.dtype)
     return towards_kernel(x, cotangent)
 
 

@@ -136,8 +136,12 @@ def num_tiles(shape: Sequence[int], taps: int, pads: Pads) -> tuple[int, int]:
 
 def _images_at_once(batch: int, tiles: int) -> int:
     """Divide a batch into equal parts of at most `_TILES` tiles; two, if it has two."""
-    most = max(1, min(batch // 2, _TILES // max(1, tiles)))
-    return next(n for n in range(most, 0, -1) if batch % n == 0)
+    return greatest_divisor(batch, min(batch // 2, _TILES // max(1, tiles)))
+
+
+def greatest_divisor(batch: int, most: int) -> int:
+    """Return the size of the largest equal parts of a batch, at least 1."""
+    return next(n for n in range(max(1, most), 0, -1) if batch % n == 0)
 
 
 def _divide(arrays: Any, tiles: int) -> Any:
