@@ -12,11 +12,9 @@ place that chooses:
   one thread, so every core should be a device (`fedgen.core.execution.use_cores`);
   where a device has many cores, slices use them all. Stacked clients take turns.
 * Elsewhere, and where channels are few, static slices and one matrix product, which
-  `vmap` batches. Two measures bring it close to the speed of the products alone:
-  `_product` fixes the orientation of the product that gives the kernel's gradient, and
-  `convolve_pool` computes two neighbouring columns of a wide kernel as one row of the
-  product, with a kernel that holds two shifted copies. That is `(k+1)/k` times the
-  arithmetic and half the rows, so fewer copies and a wider product.
+  `vmap` batches (`_by_slices`). Where copies cost more than products, two neighbouring
+  columns are one row of the product, with a kernel that holds two shifted copies. That
+  is `(k+1)/k` times the arithmetic and half the rows, so fewer copies.
 
 All agree with `flax.linen.Conv`, `ConvTranspose` and `max_pool` in outputs and in
 gradients, those of tied maxima included. Gradients are by reverse mode, of any order.
@@ -46,6 +44,8 @@ from fedgen.models.padding import (
 
 _BLOCK = 2**20  # numbers that are copied at once, which should stay in a cache
 _SMALL = 16  # channels and features up to which XLA has a slower convolution
+_FEW = 6  # channels up to which slices are faster still
+_WIDE = 5  # columns of a kernel, from which two outputs share most of what they read
 _CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
 # From where on minimal filtering is faster. Smaller images take little time anyhow, and
 # its programs take long to compile.
@@ -64,31 +64,6 @@ def _first_max_jvp(primals, tangents):
     return _first_max(a, b), jnp.where(a >= b, *tangents)
 
 
-@jax.custom_vjp
-def _product(patches: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiply `patches [..., k]` and `kernel [k, o]`.
-
-    The gradient of the kernel is computed as `[o, k]` and turned afterwards. The
-    barrier keeps XLA from folding the turn into the product, whose result would have
-    only `o` columns and which is up to three times slower on CPU where `o` is small.
-    """
-    return patches @ kernel
-
-
-def _product_forward(patches, kernel):
-    return patches @ kernel, (patches, kernel)
-
-
-def _product_backward(residuals, cotangent):
-    patches, kernel = residuals
-    rows = tuple(range(patches.ndim - 1))
-    turned = lax.dot_general(cotangent, patches, ((rows, rows), ((), ())))
-    return cotangent @ kernel.T, lax.optimization_barrier(turned).T
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
 def _form(
     x: jax.Array,
     kernel: jax.Array,
@@ -99,9 +74,9 @@ def _form(
 
     On CPU XLA's own convolution is up to three times faster than slices, in a form
     without dilation, which `_correlate` keeps its gradients in. It has a kernel for
-    float32 only. With few channels on both sides, or one position in the kernel, there
-    is little to copy and slices win. Minimal filtering beats both where channels are so
-    many that products outweigh sums, and tiles so many that they fill a product.
+    float32 only. With few channels, or one position in the kernel, there is little to
+    copy and slices win. Minimal filtering beats both where channels are so many that
+    products outweigh sums, and tiles so many that they fill a product.
     """
     high, wide, channels, features = kernel.shape
     if (
@@ -109,7 +84,7 @@ def _form(
         or not x.dtype == kernel.dtype == jnp.float32
         or tuple(strides) != (1, 1)
         or (high, wide) == (1, 1)
-        or (channels <= 4 and features < 32)
+        or (channels <= _FEW and features < 2 * _SMALL)
         or execution.num_cores() > _CORES * jax.local_device_count()
     ):
         return "slices"
@@ -236,34 +211,45 @@ def _by_slices(
 ) -> jax.Array:
     """Correlate by static slices and one matrix product.
 
-    Positions are first dealt out by their remainders under the strides, since slices
-    that skip have gradients with zeros in between, which a CPU is slow to add up.
+    As many columns as a row of the product moves on by are first joined to one column
+    of more channels, and rows are dealt out by their remainders under the stride. So
+    slices skip nothing: the gradients of those that do have zeros in between, which a
+    CPU is slow to add up.
     """
-    window, features = kernel.shape[:2], kernel.shape[-1]
-    high, wide = (
+    (high, wide, channels, features), (down, right) = kernel.shape, strides
+    rows, columns = (
         (n - 1) // s + 1
-        for n, s in zip(output_size(x.shape, window, pads), strides, strict=True)
+        for n, s in zip(output_size(x.shape, (high, wide), pads), strides, strict=True)
     )
-    down, right = strides
-    x = pad(x, pads)
-    x = pad(x, ((0, -x.shape[1] % down), (0, -x.shape[2] % right)))
-    batch, rows, columns, channels = x.shape
-    x = x.reshape(batch, rows // down, down, columns // right, right, channels)
-    # Split, not indexed: its gradient puts parts together, and adds no zeros up.
-    dealt = [
-        [part[:, :, 0, :, 0] for part in jnp.split(some, right, axis=4)]
-        for some in jnp.split(x, down, axis=2)
+    twins = right == 1 and wide > 1 and (channels <= _FEW or wide >= _WIDE)
+    together = 2 if twins else 1
+    step, read = together * right, (together - 1) * right + wide
+    across, span = -(-columns // together), -(-read // step)
+    seen = rows + (high - 1) // down, across + span - 1  # in units of strides and steps
+    extra = [
+        (low, unit * units - size - low)  # a negative one cuts off what nobody reads
+        for unit, units, size, (low, _) in zip(
+            (down, step), seen, x.shape[1:3], pads, strict=True
+        )
     ]
+    x = pad(x, extra).reshape(len(x), seen[0], down, seen[1], step * channels)
+    # Split, not indexed: its gradient puts parts together, and adds no zeros up.
+    dealt = [part[:, :, 0] for part in jnp.split(x, down, axis=2)]
 
-    def seen_from(row, column):  # by one position of the window
-        top, left = row // down, column // right
-        part = dealt[row % down][column % right]
-        return part[:, top : top + high, left : left + wide]
+    def seen_from(row, unit):  # by one row of the window, and as much as lies together
+        top, depth = row // down, min(step, read - unit * step) * channels
+        part = dealt[row % down]
+        return part[:, top : top + rows, unit : unit + across, :depth]
 
     patches = jnp.concatenate(
-        [seen_from(row, column) for row, column in np.ndindex(*window)], axis=-1
+        [seen_from(row, unit) for row, unit in np.ndindex(high, span)], axis=-1
     )
-    return _product(patches, kernel.reshape(-1, features))
+    shifts = [(n * right, (together - 1 - n) * right) for n in range(together)]
+    shifted = [jnp.pad(kernel, ((0, 0), shift, (0, 0), (0, 0))) for shift in shifts]
+    weight = jnp.stack(shifted, axis=3).reshape(-1, together * features)
+    # A product of matrices, as XLA:CPU is slow at the gradients of one with more axes.
+    y = patches.reshape(-1, patches.shape[-1]) @ weight
+    return y.reshape(len(x), rows, together * across, features)[:, :, :columns]
 
 
 def convolve(
@@ -340,25 +326,7 @@ def convolve_pool(
         even = winograd.make_even(x.shape, high, pads, step=-1)
         top, bottom = winograd.correlate_in_blocks(x, kernel, even)
         return _first_max(_first_max(*top), _first_max(*bottom))
-    # For narrower kernels the extra arithmetic outweighs the copies saved, and the
-    # library makes no copies at all.
-    if wide < 5 or form == "library":
-        return max_pool(convolve(x, kernel, padding=pads))
-
-    pairs, span = width // 2, (wide + 2) // 2  # of outputs; under the wider kernel
-    columns = 2 * (pairs + span - 1)
-    # A negative high padding drops the columns that only a dropped output reads.
-    right = columns - x.shape[2] - pads[1][0]
-    x = pad(x, (pads[0], (pads[1][0], right)))
-    x = x.reshape(*x.shape[:2], -1, 2 * channels)
-    spare = 2 * span - wide
-    twins = [
-        jnp.pad(kernel, ((0, 0), (shift, spare - shift), (0, 0), (0, 0)))
-        for shift in (0, 1)
-    ]
-    twin = jnp.stack(twins, axis=3).reshape(high, span, 2 * channels, 2 * features)
-    y = _by_slices(x, twin, (1, 1), ((0, 0),) * 2)
-    return max_pool(y.reshape(*y.shape[:2], 2 * pairs, features))
+    return max_pool(convolve(x, kernel, padding=pads))
 
 
 def convolve_transposed(

@@ -79,6 +79,10 @@ class _Reference(nn.Module):
         (3, 4, (3, 2), (2, 1), ((0, 2), (1, 0))),
         (16, 3, (4, 4), (3, 2), "SAME"),
         (8, 5, (4, 3), (1, 1), ((0, 5), (3, 1))),
+        (1, 3, (3, 4), (1, 1), "VALID"),
+        (2, 3, (1, 2), (2, 1), "SAME"),
+        (2, 3, (3, 1), (1, 2), "SAME"),
+        (4, 3, (3, 5), (2, 3), ((-1, 2), (2, -1))),
     ],
 )
 @pytest.mark.usefixtures("form")
@@ -225,7 +229,7 @@ def test_max_pool_passes_nan_on():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "channels"), [((5, 5), 3), ((5, 5), 6), ((3, 3), 3)]
+    ("kernel", "channels"), [((5, 5), 3), ((5, 5), 7), ((3, 3), 3)]
 )
 def test_kernels_and_gradients_under_vmap_equal_flax_client_by_client(kernel, channels):
     clients = 3
