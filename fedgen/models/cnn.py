@@ -30,7 +30,7 @@ class Leaf(nn.Module):
         """Map `[b, h, w, channels] -> [b, hidden]`."""
         x = nn.relu(layers.ConvPool(32, (5, 5))(x))
         x = nn.relu(layers.ConvPool(64, (5, 5))(x))
-        return nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
+        return nn.relu(layers.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
 
 
 class Small(nn.Module):
@@ -44,7 +44,7 @@ class Small(nn.Module):
         x = nn.leaky_relu(layers.ConvPool(16, (5, 5), "VALID")(x))
         x = nn.leaky_relu(layers.ConvPool(32, (5, 5), 1)(x))
         x = nn.leaky_relu(layers.ConvPool(64, (3, 3), 1)(x))
-        return nn.leaky_relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
+        return nn.leaky_relu(layers.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
 
 
 @functools.cache

@@ -12,12 +12,14 @@ place that chooses:
   one thread, so every core should be a device (`fedgen.core.execution.use_cores`);
   where a device has many cores, slices use them all. Stacked clients take turns.
 * Elsewhere, and where channels are few, static slices and one matrix product, which
-  `vmap` batches (`_by_slices`). Where copies cost more than products, two neighbouring
-  columns are one row of the product, with a kernel that holds two shifted copies. That
-  is `(k+1)/k` times the arithmetic and half the rows, so fewer copies.
+  `vmap` batches (`_by_slices`). Where channels are few or kernels wide, copies cost
+  more than products, and two neighbouring outputs are one row of the product, with a
+  kernel that holds two shifted copies. That is `(k+1)/k` times the arithmetic and half
+  the rows, so fewer copies.
 
-All agree with `flax.linen.Conv`, `ConvTranspose` and `max_pool` in outputs and in
-gradients, those of tied maxima included. Gradients are by reverse mode, of any order.
+For finite inputs all agree with `flax.linen.Conv`, `ConvTranspose` and `max_pool` in
+outputs and in gradients, those of tied maxima included; an infinite pixel may reach
+its neighbours, being multiplied by zeros. Gradients are by reverse mode, of any order.
 """
 
 from __future__ import annotations
@@ -44,9 +46,10 @@ from fedgen.models.padding import (
 
 _BLOCK = 2**20  # numbers that are copied at once, which should stay in a cache
 _SMALL = 16  # channels and features up to which XLA has a slower convolution
-_FEW = 6  # channels up to which slices are faster still
+_FEW = 6  # channels up to which slices are faster, by two outputs at once,
+_MANY = 32  # but not for so many features
 _WIDE = 5  # columns of a kernel, from which two outputs share most of what they read
-_CORES = 2  # of a device, which one thread of XLA's convolution outdoes with slices
+_CORES = 2  # of a device, up to which XLA's convolution, on one, is faster than slices
 # From where on minimal filtering is faster. Smaller images take little time anyhow, and
 # its programs take long to compile.
 _CHANNELS, _TILES, _TILES_AT_ONCE = 32, 16, 128
@@ -70,13 +73,14 @@ def _form(
     strides: Sequence[int],
     pads: Pads,
 ) -> str:
-    """Choose the fastest form, "winograd", "library" or "slices"; traced, hence free.
+    """Choose the fastest form, "winograd", "library" or "slices".
 
     On CPU XLA's own convolution is up to three times faster than slices, in a form
     without dilation, which `_correlate` keeps its gradients in. It has a kernel for
-    float32 only. With few channels, or one position in the kernel, there is little to
-    copy and slices win. Minimal filtering beats both where channels are so many that
-    products outweigh sums, and tiles so many that they fill a product.
+    float32 only. With few channels and not many features, or one position in the
+    kernel, there is little to copy and slices win. Minimal filtering beats both where
+    channels are so many that products outweigh sums, and tiles so many that they fill
+    a product.
     """
     high, wide, channels, features = kernel.shape
     if (
@@ -84,12 +88,12 @@ def _form(
         or not x.dtype == kernel.dtype == jnp.float32
         or tuple(strides) != (1, 1)
         or (high, wide) == (1, 1)
-        or (channels <= _FEW and features < 2 * _SMALL)
+        or (channels <= _FEW and features < _MANY)
         or execution.num_cores() > _CORES * jax.local_device_count()
     ):
         return "slices"
     if high == wide and high in winograd.FILTERS:
-        even = winograd.make_even(x.shape, high, pads)
+        even = winograd.make_even(x.shape, (high, wide), pads)
         each, at_once = winograd.num_tiles(x.shape, high, even)
         if (
             min(channels, features) >= _CHANNELS
@@ -111,10 +115,9 @@ def _correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """
     channels, features = kernel.shape[2:]
     if max(channels, features) <= _SMALL and 2 * features > _SMALL:
-        # XLA leaves so few to a slower library; zeros make them one more. For half as
-        # many features they would cost more than they save.
-        more = _SMALL + 1 - channels if channels == _SMALL else 0
-        wider = 0 if more else _SMALL + 1 - features
+        # XLA leaves so few to a slower library, so zeros make either side one more. For
+        # half as many features they would cost more than they save.
+        more, wider = (1, 0) if channels == _SMALL else (0, _SMALL + 1 - features)
         x = jnp.pad(x, (*((0, 0),) * 3, (0, more)))
         kernel = jnp.pad(kernel, (*((0, 0),) * 2, (0, more), (0, wider)))
 
@@ -145,27 +148,29 @@ _correlate.defvjp(_correlate_forward, _correlate_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _towards_kernel(x: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Array:
-    """Compute the kernel's gradient `[kh, kw, i, o]`, a product for a few images.
+    """Compute the kernel's gradient `[kh, kw, i, o]`, one product for every few images.
 
-    Images are copied once for every column of the window, cotangents once for every
-    row, each moved by it; the product pairs all rows with all columns. Patches would
-    be a copy for every position, which is less only where channels are few.
+    Images are copied once for every column of the window and cotangents once for every
+    row, each moved by it, and the product pairs all columns with all rows. Where
+    channels are few, patches, a copy of images for every position of the window, are
+    less to copy, and cotangents stay as they are.
     """
-    window = down, right = output_size(x.shape, cotangent.shape[1:3], pads)
-    high, wide = cotangent.shape[1:3]
+    window = high, wide = output_size(x.shape, cotangent.shape[1:3], pads)
+    rows, columns = cotangent.shape[1:3]
     channels, features = x.shape[-1], cotangent.shape[-1]
-    patches = 2 * right * channels * (down - 1) < down * features
+    # They count twice, as pieces of few channels are slow to copy.
+    patches = 2 * wide * channels * (high - 1) < high * features
     low = pads[0][0]
 
     def moved(x, y):
         x = pad(x, pads if patches else ((0, 0), pads[1]))
-        x = jnp.concatenate([x[:, :, j : j + wide] for j in range(right)], axis=-1)
+        x = jnp.concatenate([x[:, :, j : j + columns] for j in range(wide)], axis=-1)
         if patches:
-            rows = [x[:, i : i + high] for i in range(down)]
-            return jnp.concatenate(rows, axis=-1), y
-        spare = x.shape[1] + low - high
-        rows = [pad(y, ((i - low, spare - i), (0, 0))) for i in range(down)]
-        return x, jnp.concatenate(rows, axis=-1)
+            copies = [x[:, i : i + rows] for i in range(high)]
+            return jnp.concatenate(copies, axis=-1), y
+        spare = x.shape[1] + low - rows
+        copies = [pad(y, ((i - low, spare - i), (0, 0))) for i in range(high)]
+        return x, jnp.concatenate(copies, axis=-1)
 
     @jax.custom_batching.sequential_vmap
     def towards_kernel(x, cotangent):
@@ -176,12 +181,12 @@ def _towards_kernel(x: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Array
         copies = jax.eval_shape(moved, x, cotangent)
         size = sum(copy.size for copy in copies)
         images = winograd.greatest_divisor(len(x), _BLOCK * len(x) // max(1, size))
-        parts = [a.reshape(-1, images, *a.shape[1:]) for a in (x, cotangent)]
         shape = [copy.shape[-1] for copy in copies]
+        parts = winograd.divide((x, cotangent), images)
         total, _ = lax.scan(add, jnp.zeros(shape, x.dtype), parts)
         if patches:
             return total.reshape(*window, channels, features)
-        total = total.reshape(right, channels, down, features)
+        total = total.reshape(wide, channels, high, features)
         return total.transpose(2, 0, 1, 3)
 
     return towards_kernel(x, cotangent)
@@ -211,10 +216,11 @@ def _by_slices(
 ) -> jax.Array:
     """Correlate by static slices and one matrix product.
 
-    As many columns as a row of the product moves on by are first joined to one column
-    of more channels, and rows are dealt out by their remainders under the stride. So
-    slices skip nothing: the gradients of those that do have zeros in between, which a
-    CPU is slow to add up.
+    A row of the product holds one output, or two neighbours `together`, so the next row
+    reads `step` columns further on. As many columns are joined to one of more channels,
+    and rows are dealt out by their remainders under the stride. So no slice skips
+    anything: the gradients of those that do have zeros in between, which a CPU is slow
+    to add up.
     """
     (high, wide, channels, features), (down, right) = kernel.shape, strides
     rows, columns = (
@@ -223,7 +229,7 @@ def _by_slices(
     )
     twins = right == 1 and wide > 1 and (channels <= _FEW or wide >= _WIDE)
     together = 2 if twins else 1
-    step, read = together * right, (together - 1) * right + wide
+    step, read = together * right, together - 1 + wide
     across, span = -(-columns // together), -(-read // step)
     seen = rows + (high - 1) // down, across + span - 1  # in units of strides and steps
     extra = [
@@ -236,7 +242,7 @@ def _by_slices(
     # Split, not indexed: its gradient puts parts together, and adds no zeros up.
     dealt = [part[:, :, 0] for part in jnp.split(x, down, axis=2)]
 
-    def seen_from(row, unit):  # by one row of the window, and as much as lies together
+    def seen_from(row, unit):  # by a row of the window, in one of the joined columns
         top, depth = row // down, min(step, read - unit * step) * channels
         part = dealt[row % down]
         return part[:, top : top + rows, unit : unit + across, :depth]
@@ -244,7 +250,7 @@ def _by_slices(
     patches = jnp.concatenate(
         [seen_from(row, unit) for row, unit in np.ndindex(high, span)], axis=-1
     )
-    shifts = [(n * right, (together - 1 - n) * right) for n in range(together)]
+    shifts = [(n, together - 1 - n) for n in range(together)]
     shifted = [jnp.pad(kernel, ((0, 0), shift, (0, 0), (0, 0))) for shift in shifts]
     weight = jnp.stack(shifted, axis=3).reshape(-1, together * features)
     # A product of matrices, as XLA:CPU is slow at the gradients of one with more axes.
@@ -316,15 +322,13 @@ def convolve_pool(
     Raises:
       ValueError: If the input is too small for the kernel or for one block.
     """
-    high, wide, channels, features = kernel.shape
-    pads = to_pads(x.shape[1:3], (high, wide), (1, 1), padding)
-    check_size("a convolution", x.shape[1:3], (high, wide), pads)
-    height, width = output_size(x.shape, (high, wide), pads)
-    check_size("max-pooling", (height, width), (2, 2))
-    form = _form(x, kernel, (1, 1), pads)
-    if form == "winograd":
-        even = winograd.make_even(x.shape, high, pads, step=-1)
-        top, bottom = winograd.correlate_in_blocks(x, kernel, even)
+    window = kernel.shape[:2]
+    pads = to_pads(x.shape[1:3], window, (1, 1), padding)
+    check_size("a convolution", x.shape[1:3], window, pads)
+    check_size("max-pooling", output_size(x.shape, window, pads), (2, 2))
+    pads = winograd.make_even(x.shape, window, pads, step=-1)  # less what pooling drops
+    if _form(x, kernel, (1, 1), pads) == "winograd":
+        top, bottom = winograd.correlate_in_blocks(x, kernel, pads)
         return _first_max(_first_max(*top), _first_max(*bottom))
     return max_pool(convolve(x, kernel, padding=pads))
 
@@ -365,7 +369,7 @@ def convolve_transposed(
     parts = parts.reshape(high, wide, channels, -1)
     y = convolve(x, parts, padding=[(span - 1, span - 1) for span in spans])
     y = y.reshape(*y.shape[:3], down, right, features).transpose(0, 1, 3, 2, 4, 5)
-    y = y.reshape(x.shape[0], y.shape[1] * down, -1, features)
+    y = y.reshape(len(x), y.shape[1] * down, y.shape[3] * right, features)
 
     for axis, (size, k, s) in enumerate(
         zip(x.shape[1:3], window, strides, strict=True), start=1

@@ -19,7 +19,7 @@ class Body(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[b, ...] -> [b, hidden]`."""
-        return nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
+        return nn.relu(layers.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
 
 
 @functools.cache

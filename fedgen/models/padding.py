@@ -46,8 +46,8 @@ def pad(x: jax.Array, pads: Pads) -> jax.Array:
 def output_size(shape: Sequence[int], taps: Sequence[int], pads: Pads) -> list[int]:
     """Count the rows and columns that come of images `[b, h, w, i]` with stride 1."""
     return [
-        size + sum(pad) - k + 1
-        for size, pad, k in zip(shape[1:3], pads, taps, strict=True)
+        size + low + high - k + 1
+        for size, (low, high), k in zip(shape[1:3], pads, taps, strict=True)
     ]
 
 

@@ -88,16 +88,23 @@ def _both_ways(matrix: np.ndarray, grid: Grid) -> Grid:
 
 
 def _transform_kernel(kernel: jax.Array) -> jax.Array:
-    """Compute `G g G^T`, `[r, r, i, o] -> [p, p, i, o]`."""
-    g = jnp.asarray(FILTERS[len(kernel)].kernel, kernel.dtype)
-    return jnp.einsum("ua,vb,abio->uvio", g, g, kernel, precision="highest")
+    """Compute `G g G^T`, `[r, r, i, o] -> [p, p, i, o]`.
+
+    One product by the Kronecker product of `G` with itself, which XLA:CPU computes six
+    times faster than one for either side.
+    """
+    g = FILTERS[len(kernel)].kernel
+    p, r = g.shape
+    both = jnp.asarray(np.kron(g, g), kernel.dtype)
+    weight = jnp.matmul(both, kernel.reshape(r * r, -1), precision="highest")
+    return weight.reshape(p, p, *kernel.shape[2:])
 
 
 def make_even(
-    shape: Sequence[int], taps: int, pads: Pads, step: int = 1
+    shape: Sequence[int], window: Sequence[int], pads: Pads, step: int = 1
 ) -> tuple[tuple[int, int], ...]:
     """Pad so that 2x2 blocks fit, with one row or column more, or less with step -1."""
-    sizes = padding.output_size(shape, (taps, taps), pads)
+    sizes = padding.output_size(shape, window, pads)
     return tuple(
         (low, high + step * (size % 2))
         for size, (low, high) in zip(sizes, pads, strict=True)
@@ -135,20 +142,18 @@ def num_tiles(shape: Sequence[int], taps: int, pads: Pads) -> tuple[int, int]:
 
 
 def _images_at_once(batch: int, tiles: int) -> int:
-    """Divide a batch into equal parts of at most `_TILES` tiles; two, if it has two."""
+    """Return the size of equal parts of up to `_TILES` tiles, of two parts or more."""
     return greatest_divisor(batch, min(batch // 2, _TILES // max(1, tiles)))
 
 
 def greatest_divisor(batch: int, most: int) -> int:
-    """Return the size of the largest equal parts of a batch, at least 1."""
+    """Return the largest divisor of a batch up to `most`, or 1."""
     return next(n for n in range(max(1, most), 0, -1) if batch % n == 0)
 
 
-def _divide(arrays: Any, tiles: int) -> Any:
-    def divide(a):
-        return a.reshape(-1, _images_at_once(len(a), tiles), *a.shape[1:])
-
-    return jax.tree.map(divide, arrays)
+def divide(arrays: Any, size: int) -> Any:
+    """Divide arrays `[b, ...]` into parts `[b / size, size, ...]`."""
+    return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -168,6 +173,7 @@ def correlate_in_blocks(x: jax.Array, kernel: jax.Array, pads: Pads) -> Grid:
     """
     taps = len(kernel)
     down, right = _tiles(x.shape, taps, pads)
+    images = _images_at_once(len(x), down * right)
 
     # Batches of small products are slow on a CPU, so stacked clients take turns.
     @jax.custom_batching.sequential_vmap
@@ -184,7 +190,7 @@ def correlate_in_blocks(x: jax.Array, kernel: jax.Array, pads: Pads) -> Grid:
                 lambda y: y.reshape(-1, down, right, y.shape[-1]), blocks
             )
 
-        blocks = lax.map(of_some, _divide(x, down * right))
+        blocks = lax.map(of_some, divide(x, images))
         return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), blocks)
 
     return correlate(x, kernel)
@@ -209,22 +215,23 @@ correlate_in_blocks.defvjp(_forward, _backward)
 def _towards_kernel(x: jax.Array, cotangent: Grid, taps: int, pads: Pads) -> jax.Array:
     """Compute the gradient `[r, r, i, o]`, in transformed coordinates until the end."""
     down, right = _tiles(x.shape, taps, pads)
+    images = _images_at_once(len(x), down * right)
     channels, features = x.shape[-1], cotangent[0][0].shape[-1]
 
     @jax.custom_batching.sequential_vmap
     def towards_kernel(x, cotangent):
         def of_some(total, some):
             x, cotangent = some
-            products = _both_ways(FILTERS[taps].outputs.T, cotangent)
+            towards = _both_ways(FILTERS[taps].outputs.T, cotangent)  # products
             weight = [
                 [part.T @ y.reshape(-1, features) for part, y in zip(*row, strict=True)]
-                for row in zip(_transform_tiles(x, taps, pads), products, strict=True)
+                for row in zip(_transform_tiles(x, taps, pads), towards, strict=True)
             ]
             return jax.tree.map(jnp.add, total, weight), None
 
         p = len(FILTERS[taps].kernel)
         zeros = [[jnp.zeros((channels, features), x.dtype)] * p] * p
-        weight, _ = lax.scan(of_some, zeros, _divide((x, cotangent), down * right))
+        weight, _ = lax.scan(of_some, zeros, divide((x, cotangent), images))
         weight = jnp.stack([jnp.stack(row) for row in weight])
         kernel = jax.ShapeDtypeStruct((taps, taps, channels, features), x.dtype)
         (gradient,) = jax.linear_transpose(_transform_kernel, kernel)(weight)
@@ -259,5 +266,5 @@ def interleave(blocks: Grid) -> jax.Array:
 def correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """Correlate `x [b, h, w, i]` and `kernel [r, r, i, o]` with stride 1."""
     rows, columns = padding.output_size(x.shape, kernel.shape[:2], pads)
-    even = make_even(x.shape, len(kernel), pads)
+    even = make_even(x.shape, kernel.shape[:2], pads)
     return interleave(correlate_in_blocks(x, kernel, even))[:, :rows, :columns]

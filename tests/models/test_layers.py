@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -12,6 +14,12 @@ import pytest
 from fedgen.models import convolution, layers
 
 TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    """Choose forms as on a machine whose every core is a device."""
+    monkeypatch.setattr(convolution.execution, "num_cores", lambda: 1)
 
 
 @pytest.fixture(params=["as chosen", "slices", "library", "winograd"])
@@ -83,6 +91,9 @@ class _Reference(nn.Module):
         (2, 3, (1, 2), (2, 1), "SAME"),
         (2, 3, (3, 1), (1, 2), "SAME"),
         (4, 3, (3, 5), (2, 3), ((-1, 2), (2, -1))),
+        (4, 3, (3, 5), (1, 1), ((-1, 2), (2, -1))),
+        (7, 3, (9, 8), (1, 1), "VALID"),
+        (7, 3, (1, 3), (1, 1), "SAME"),
     ],
 )
 @pytest.mark.usefixtures("form")
@@ -136,6 +147,7 @@ def test_conv_pool_equals_flax_with_ties(size, channels, features, kernel, paddi
     ("kernel", "strides"),
     [((2, 3), (2, 2)), ((5, 4), (3, 2)), ((3, 3), (1, 1)), ((1, 2), (2, 3))],
 )
+@pytest.mark.usefixtures("form")
 def test_transposed_conv_equals_flax(kernel, strides, padding):
     x = _images((3, 5, 4, 6))
     ours = layers.ConvTranspose(3, kernel, strides, padding)
@@ -256,6 +268,35 @@ def test_kernels_and_gradients_under_vmap_equal_flax_client_by_client(kernel, ch
         )
 
 
+@pytest.mark.parametrize("axes", [(0, None), (None, 0)])
+@pytest.mark.usefixtures("form")
+def test_images_or_kernels_alone_may_be_stacked(axes):
+    x, kernel = (
+        _images((3, 2, 6, 6, 7)),
+        jax.random.normal(jax.random.key(0), (3, 3, 3, 7, 4)),
+    )
+    x, kernel = (
+        a if axis == 0 else a[0] for a, axis in zip((x, kernel), axes, strict=True)
+    )
+
+    def loss(x, kernel):
+        return (convolution.convolve_pool(x, kernel) ** 2).sum()
+
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    stacked = jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 1)), axes))(x, kernel)
+    for client in range(3):
+        own = (
+            a if axis is None else a[client]
+            for a, axis in zip((x, kernel), axes, strict=True)
+        )
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda a, i=client: a[i], stacked),
+            gradients(*own),
+            rtol=1e-4,
+            atol=1e-3,
+        )
+
+
 def _curvature(module, params, x):
     """Differentiate a function of gradients."""
 
@@ -281,7 +322,7 @@ def test_second_order_gradients_equal_those_of_flax():
 
 
 def test_second_order_gradients_of_the_library_form_equal_those_of_flax():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 6))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 7))
     ours, theirs = (
         layers.Conv(3, (3, 3), padding="VALID"),
         nn.Conv(3, (3, 3), padding="VALID"),
@@ -327,15 +368,21 @@ def test_parts_of_a_batch_give_the_kernels_gradient(
 
 @pytest.mark.parametrize(
     ("channels", "features", "widened"),
-    [(16, 16, (17, 16)), (12, 16, (12, 17)), (16, 8, None), (16, 17, None)],
+    [
+        (16, 16, (17, 16)),
+        (12, 16, (12, 17)),
+        (12, 9, (12, 17)),
+        (16, 8, None),
+        (16, 17, None),
+    ],
 )
 def test_few_channels_are_widened_by_zeros(channels, features, widened):
     x = _images((2, 6, 5, channels))
     kernel = jax.random.normal(jax.random.key(0), (3, 3, channels, features))
     pads = ((1, 1), (1, 1))
     traced = str(jax.make_jaxpr(lambda *a: convolution._correlate(*a, pads))(x, kernel))
-    wide = [f"f32[3,3,{i},{o}]" in traced for i, o in ((17, 16), (12, 17))]
-    assert wide == [widened == (17, 16), widened == (12, 17)]
+    for wide in ((17, 16), (12, 17)):
+        assert (f"f32[3,3,{wide[0]},{wide[1]}]" in traced) == (widened == wide)
     expected = jax.lax.conv_general_dilated(
         x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -344,13 +391,64 @@ def test_few_channels_are_widened_by_zeros(channels, features, widened):
     )
 
 
-def test_no_images_have_a_gradient_of_zero():
+@pytest.mark.parametrize(
+    "operation",
+    [
+        convolution.convolve,
+        convolution.convolve_pool,
+        functools.partial(convolution.convolve_transposed, strides=(2, 2)),
+    ],
+)
+@pytest.mark.usefixtures("form")
+def test_no_images_have_a_gradient_of_zero(operation):
     kernel = jnp.ones((3, 3, 8, 4))
+    gradient = jax.grad(lambda w: jnp.sum(operation(jnp.ones((0, 6, 6, 8)), w)))(kernel)
+    assert gradient.shape == kernel.shape
+    assert not np.any(gradient)
 
-    def loss(kernel):
-        return jnp.sum(convolution.convolve(jnp.ones((0, 6, 6, 8)), kernel))
 
-    assert not np.any(jax.grad(loss)(kernel))
+@pytest.mark.parametrize(
+    ("channels", "kernel", "product"),
+    [
+        (6, (3, 3), (2 * 4 * 2, 2 * 5)),  # of 4 columns two by two
+        (7, (3, 3), (2 * 4 * 4, 5)),
+        (7, (3, 5), (2 * 4 * 1, 2 * 5)),
+        (6, (3, 1), (2 * 4 * 6, 5)),
+    ],
+)
+def test_few_channels_or_wide_kernels_give_two_outputs_a_row(channels, kernel, product):
+    x, weight = jnp.ones((2, 6, 6, channels)), jnp.ones((*kernel, channels, 5))
+    traced = str(
+        jax.make_jaxpr(lambda *a: convolution._by_slices(*a, (1, 1), ((0, 0), (0, 0))))(
+            x, weight
+        )
+    )
+    assert f"f32[{product[0]},{product[1]}] = dot_general" in traced
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "turned"),
+    [(64, 512, True), (65, 512, False), (64, 511, False)],
+)
+def test_dense_equals_flax_and_turns_large_kernels(rows, features, turned, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (rows, 512))
+    ours, theirs = layers.Dense(features), nn.Dense(features)
+    params = _draw(ours, x)
+    chex.assert_trees_all_equal_shapes(params, _draw(theirs, x))
+    chex.assert_trees_all_close(
+        _values_and_gradients(ours, params, x, jax.random.key(2)),
+        _values_and_gradients(theirs, params, x, jax.random.key(2)),
+        rtol=TOLERANCE,
+        atol=20 * TOLERANCE,  # outputs are of order ten
+    )
+
+    def turns():
+        trace = jax.make_jaxpr(lambda p: ours.apply({"params": p}, x))
+        return "optimization_barrier" in str(trace(params))
+
+    assert turns() == turned
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not turns()
 
 
 def test_inputs_smaller_than_the_window_are_refused():

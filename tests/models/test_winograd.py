@@ -170,6 +170,9 @@ def test_parts_of_a_batch_are_equal_and_two_or_more_if_it_has_two(batch, tiles, 
         ((32, 16, 16, 64), (4, 4, 64, 64), "library"),  # no such algorithm
         ((32, 16, 16, 64), (1, 1, 64, 64), "slices"),
         ((32, 28, 28, 1), (5, 5, 1, 16), "slices"),
+        ((32, 28, 28, 1), (5, 5, 1, 32), "library"),  # few channels, many features
+        ((32, 28, 28, 6), (5, 5, 6, 31), "slices"),
+        ((32, 28, 28, 7), (5, 5, 7, 16), "library"),
     ],
 )
 def test_the_form_follows_the_shapes(images, kernel, form, monkeypatch):
