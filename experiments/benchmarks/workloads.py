@@ -83,7 +83,7 @@ class PflBody(nn.Module):
         """Map `[b, h, w, channels] -> [b, 128]`."""
         x = nn.relu(layers.Conv(32, (3, 3), padding="VALID")(x))
         x = nn.relu(layers.ConvPool(64, (3, 3), "VALID")(x))
-        return nn.relu(layers.Dense(128)(x.reshape(x.shape[0], -1)))
+        return nn.relu(nn.Dense(128)(x.reshape(x.shape[0], -1)))
 
 
 def build_model(name: str, shape: tuple[int, ...], num_classes: int) -> Model:

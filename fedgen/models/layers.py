@@ -23,8 +23,8 @@ _ROWS, _FEATURES = 32, 256  # up to and from which products with columns are fas
 def _multiply(x: jax.Array, kernel: jax.Array, *args, **kwargs) -> jax.Array:
     """Compute what `lax.dot_general` does for `flax.linen.Dense`, samples as columns.
 
-    With few samples and a wide kernel XLA:CPU is up to 1.4 times faster so, gradients
-    included. The barrier keeps it from turning columns back.
+    With few samples and a wide kernel XLA:CPU is faster so, gradients included. The
+    barrier keeps it from turning columns back.
     """
     few = x.ndim == 2 and len(x) <= _ROWS
     many = kernel.shape[-1] >= _FEATURES

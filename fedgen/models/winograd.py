@@ -90,8 +90,8 @@ def _both_ways(matrix: np.ndarray, grid: Grid) -> Grid:
 def _transform_kernel(kernel: jax.Array) -> jax.Array:
     """Compute `G g G^T`, `[r, r, i, o] -> [p, p, i, o]`.
 
-    One product by the Kronecker product of `G` with itself, which XLA:CPU computes six
-    times faster than one for either side.
+    One product by the Kronecker product of `G` with itself, which XLA:CPU computes
+    several times faster than one for either side.
     """
     g = FILTERS[len(kernel)].kernel
     p, r = g.shape

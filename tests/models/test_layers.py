@@ -63,6 +63,20 @@ def _draw(module, x, seed=0):
     )
 
 
+def _assert_equal(ours, theirs, x, atol=TOLERANCE, rtol=1e-6):
+    """Two modules have the same parameters, outputs and gradients."""
+    params = _draw(ours, x)
+    chex.assert_trees_all_equal_shapes(params, _draw(theirs, x))
+    chex.assert_trees_all_close(
+        *(
+            _values_and_gradients(module, params, x, jax.random.key(2))
+            for module in (ours, theirs)
+        ),
+        atol=atol,
+        rtol=rtol,
+    )
+
+
 class _Reference(nn.Module):
     """A flax convolution and pooling, with the parameters of `layers.ConvPool`."""
 
@@ -101,13 +115,7 @@ def test_conv_equals_flax(channels, features, kernel, strides, padding):
     x = _images((3, 9, 8, channels))
     ours = layers.Conv(features, kernel, strides, padding)
     theirs = nn.Conv(features, kernel, strides, padding)
-    params = _draw(ours, x)
-    chex.assert_trees_all_equal_shapes(params, _draw(theirs, x))
-    chex.assert_trees_all_close(
-        _values_and_gradients(ours, params, x, jax.random.key(2)),
-        _values_and_gradients(theirs, params, x, jax.random.key(2)),
-        atol=TOLERANCE,
-    )
+    _assert_equal(ours, theirs, x)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +160,7 @@ def test_transposed_conv_equals_flax(kernel, strides, padding):
     x = _images((3, 5, 4, 6))
     ours = layers.ConvTranspose(3, kernel, strides, padding)
     theirs = nn.ConvTranspose(3, kernel, strides, padding)
-    params = _draw(ours, x)
-    chex.assert_trees_all_equal_shapes(params, _draw(theirs, x))
-    chex.assert_trees_all_close(
-        _values_and_gradients(ours, params, x, jax.random.key(2)),
-        _values_and_gradients(theirs, params, x, jax.random.key(2)),
-        atol=TOLERANCE,
-    )
+    _assert_equal(ours, theirs, x)
 
 
 def test_transposed_conv_refuses_widths():
@@ -194,16 +196,7 @@ def test_group_norm_equals_flax(channels, group_size):
     )
     ours = layers.GroupNorm(group_size)
     theirs = nn.GroupNorm(num_groups=None, group_size=group_size)
-    params = _draw(ours, x)
-    chex.assert_trees_all_equal_shapes(params, _draw(theirs, x))
-    chex.assert_trees_all_close(
-        *(
-            _values_and_gradients(module, params, x, jax.random.key(2))
-            for module in (ours, theirs)
-        ),
-        atol=TOLERANCE,
-        rtol=TOLERANCE,
-    )
+    _assert_equal(ours, theirs, x, rtol=TOLERANCE)
 
 
 def test_group_norm_of_constant_images_is_the_bias():
@@ -433,18 +426,12 @@ def test_few_channels_or_wide_kernels_give_two_outputs_a_row(channels, kernel, p
 def test_dense_equals_flax_and_turns_minibatches(rows, features, turned, monkeypatch):
     x = jax.random.normal(jax.random.key(0), (rows, 512))
     ours, theirs = layers.Dense(features), nn.Dense(features)
-    params = _draw(ours, x)
-    chex.assert_trees_all_equal_shapes(params, _draw(theirs, x))
-    chex.assert_trees_all_close(
-        _values_and_gradients(ours, params, x, jax.random.key(2)),
-        _values_and_gradients(theirs, params, x, jax.random.key(2)),
-        rtol=TOLERANCE,
-        atol=20 * TOLERANCE,  # outputs are of order ten
-    )
+    # Outputs are of order ten.
+    _assert_equal(ours, theirs, x, atol=20 * TOLERANCE, rtol=TOLERANCE)
 
     def turns():
         trace = jax.make_jaxpr(lambda p: ours.apply({"params": p}, x))
-        return "optimization_barrier" in str(trace(params))
+        return "optimization_barrier" in str(trace(_draw(ours, x)))
 
     assert turns() == turned
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
