@@ -6,6 +6,9 @@ A round is timed with every chunk of `--chunks` that is not above the clients of
 device. The row of the chunk that the engine takes by itself says how much slower that
 is than the best. The chunks take turns; seconds are medians, with their range.
 
+On an accelerator a chunk of 1 is a loop over clients, `lax.map`, and the engine's own
+trains all of them at once; a chunk that does not fit into memory is left out.
+
 Start-up is that of processes which import, compile and train one round.
 """
 
@@ -27,6 +30,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import processes, rivals, workloads
+from experiments.benchmarks.adapters import jax_nets
 from experiments.benchmarks.workloads import Problem, Workload
 from fedgen.core import evaluate, execution, rounds, simulate
 from fedgen.core.execution import Execution
@@ -42,6 +46,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 5, "Local steps of a round.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 32, "Samples of a step.", lower_bound=1)
     flags.DEFINE_integer("rounds", 3, "Timed rounds of a chunk.", lower_bound=1)
+    flags.DEFINE_integer("starts", 3, "Timed start-ups of a model.", lower_bound=0)
+    flags.DEFINE_enum(
+        "precision",
+        "",
+        ["", "float32", "tensorfloat32"],
+        "Of float32 products on an accelerator; empty for what JAX does.",
+    )
     flags.DEFINE_string("dataset", "fashion_mnist_mini", "Data set.")
     flags.DEFINE_string("data_dir", None, "Folder of TFDS data sets.")
     flags.DEFINE_string("json", None, "File that gets all measurements.")
@@ -84,9 +95,14 @@ def measure(
         ways["evaluation", chunk] = _an_evaluation(problem, federation, layout)
     seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     for turn in range(turns + 1):
-        for way, run in ways.items():
+        for way, run in list(ways.items()):
             start = time.perf_counter()
-            jax.block_until_ready(run())
+            try:
+                jax.block_until_ready(run())
+            except jax.errors.JaxRuntimeError as error:
+                print(f"chunk {way[1]}: {str(error).splitlines()[0]}", file=sys.stderr)
+                del ways[way], seconds[way]
+                continue
             if turn:  # the first compiles
                 seconds[way].append(time.perf_counter() - start)
     flops = {"round": workloads.round_flops(workload, problem), "evaluation": 0}
@@ -173,7 +189,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"flags begin with --, got {' '.join(argv[1:])}")
     execution.use_cores()
-    peak = processes.measure_peak({})
+    jax_nets.set_precision(FLAGS.precision)
+    peak = processes.measure_peak({}, FLAGS.precision)
     print(f"peak {peak:.0f} GFLOP/s", flush=True)
     rows, starts, chunks = [], {}, list(map(int, FLAGS.chunks))
     for model in FLAGS.models:
@@ -185,9 +202,10 @@ def main(argv: Sequence[str]) -> None:
             measured = measure(workload, problem, chunks, FLAGS.rounds)
             print(f"\n{to_markdown(measured, peak)}", flush=True)
             rows += measured
-        starts[model] = measure_start(model, FLAGS.rounds)
-        seconds = rivals.spread(starts[model])
-        print(f"start to end of one round, {model}: {seconds} s", flush=True)
+        if FLAGS.starts:
+            starts[model] = measure_start(model, FLAGS.starts)
+            seconds = rivals.spread(starts[model])
+            print(f"start to end of one round, {model}: {seconds} s", flush=True)
     if FLAGS.json:
         everything = {
             **processes.describe_machine("engine"),

@@ -69,6 +69,7 @@ VENVS = {
 }
 RIVALS = {
     "fedgen": Rival("fedgen", "run_fedgen.py"),
+    "fedgen-map": Rival("fedgen, a client at a time", "run_fedgen.py", mode="map"),
     "jax": Rival("plain JAX, jitted clients", "run_jax.py", mode="loop"),
     "jax-scan": Rival(
         "plain JAX, a scan on every core", "run_jax.py", mode="scan", processes=True
@@ -76,6 +77,10 @@ RIVALS = {
     "jax-serial": Rival("plain JAX, jitted steps", "run_jax.py", mode="serial"),
     "vmap": Rival("JAX, naive `vmap`", "run_jax.py", mode="vmap"),
     "torch": Rival("plain PyTorch", "run_torch.py", "torch"),
+    "torch-graph": Rival(
+        "plain PyTorch, a CUDA graph per client", "run_torch.py", "torch", "graph"
+    ),
+    "torch-vmap": Rival("PyTorch, `torch.func.vmap`", "run_torch.py", "torch", "vmap"),
     "torch-processes": Rival(
         "plain PyTorch, a process per core", "run_torch.py", "torch", "", True
     ),
@@ -96,19 +101,23 @@ class Run(NamedTuple):
 
     start: float = 0.0  # seconds until the first round
     rounds: tuple[float, ...] = ()  # seconds of every round
-    peak_bytes: int = 0
+    peak_bytes: int = 0  # of an accelerator's memory if it has one
     versions: dict[str, str] | None = None
     params: Params | None = None
     error: str = ""
 
 
-def install(venv: str, folder: pathlib.Path) -> tuple[str, str]:
+def install(venv: str, folder: pathlib.Path | None) -> tuple[str, str]:
     """Make an environment if it is missing or of other packages.
+
+    Args:
+      venv: Its name; empty for that of fedgen.
+      folder: Of all environments; None if fedgen's own has what all rivals need.
 
     Returns:
       Its interpreter, and an error message, empty if all is well.
     """
-    if not venv:
+    if not venv or folder is None:
         return sys.executable, ""
     path, wanted = folder / venv, json.dumps(VENVS[venv])
     python, stamp = path / "bin" / "python", folder / f"{venv}.txt"
@@ -131,9 +140,23 @@ def install(venv: str, folder: pathlib.Path) -> tuple[str, str]:
 
 
 def run_once(
-    rival: Rival, python: str, workload: pathlib.Path, timeout: float, chunk: int = 0
+    rival: Rival,
+    python: str,
+    workload: pathlib.Path,
+    timeout: float,
+    chunk: int = 0,
+    precision: str = "",
 ) -> Run:
-    """Run one process of a rival to its end."""
+    """Run one process of a rival to its end.
+
+    Args:
+      rival: Which one.
+      python: Interpreter of its environment.
+      workload: File that `workloads.write` wrote.
+      timeout: Seconds after which it is stopped.
+      chunk: fedgen's clients at once, 0 for what it chooses.
+      precision: Of float32 products, as JAX names it; empty for what each does.
+    """
     cores = len(os.sched_getaffinity(0))
     processes = cores if rival.processes else 1
     threads = 1 if rival.processes else cores
@@ -141,6 +164,7 @@ def run_once(
         command = [python, str(ADAPTERS / rival.script), str(workload), folder]
         command += [f"--mode={rival.mode}", f"--processes={processes}"]
         command += [f"--threads={threads}", f"--chunk={chunk}"]
+        command += [f"--precision={precision}"]
         environment = dict(os.environ, PYTHONPATH="" if rival.venv else str(ROOT))
         if rival.venv:
             environment["OMP_NUM_THREADS"] = str(threads)
@@ -166,12 +190,13 @@ def run_once(
         weights = pathlib.Path(folder, "weights.npz")
         if code or not weights.exists():
             return Run(error=f"failed: {last[:200]}")
-        first, *others = map(json.loads, events.read_text().splitlines())
+        first, *others, end = map(json.loads, events.read_text().splitlines())
         times = [first["time"]] + [event["time"] for event in others]
         with np.load(weights) as arrays:
             params = dict(arrays)
         seconds = tuple(b - a for a, b in zip(times[:-1], times[1:], strict=True))
-        return Run(times[0] - begin, seconds, max(peak), first["versions"], params)
+        most = end["device_bytes"] or max(peak)
+        return Run(times[0] - begin, seconds, most, first["versions"], params)
 
 
 @contextlib.contextmanager
@@ -226,15 +251,16 @@ def _proportional_bytes(pid: int) -> int:
     return next(sizes, 0)
 
 
-def measure_peak(pythons: dict[str, str]) -> float:
+def measure_peak(pythons: dict[str, str], precision: str = "") -> float:
     """Return the highest GFLOP/s that any library multiplies matrices with."""
     cores = len(os.sched_getaffinity(0))
     ways = [(sys.executable, "numpy"), (sys.executable, "jax")]
     ways += [(pythons["torch"], "torch")] if pythons.get("torch") else []
+    script = ADAPTERS / "run_sgemm.py"
     return max(
         float(
             subprocess.run(
-                [python, str(ADAPTERS / "run_sgemm.py"), library, str(cores)],
+                [python, str(script), library, str(cores), precision],
                 capture_output=True,
                 check=True,
                 text=True,
@@ -254,9 +280,19 @@ def describe_machine(script: str) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {model}",
+        "accelerator": _accelerator(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "command": shlex.join(
             ["python", "-m", f"experiments.benchmarks.{script}", *sys.argv[1:]]
         ),
     }
+
+
+def _accelerator() -> str:
+    """Name the NVIDIA cards of this machine, without taking hold of one."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
+        return "; ".join(done.stdout.split("\n")).strip("; ")
+    return ""

@@ -13,6 +13,10 @@ repetitions and their range. Memory is the proportional set size of all processe
 rival, sampled. The peak is the highest rate of a float32 matrix product, of any
 library, before or after.
 
+With an accelerator every rival that can use it does, one at a time, and the harness
+itself stays on the CPU; memory is then the accelerator's, as the library counts it.
+Where nothing can be installed, `--venvs=` runs all rivals in this environment.
+
 All do the same arithmetic, in another order: the check compares the accuracy on samples
 that nobody trains on with that of the plain loop in JAX, and fails beyond 0.3 points.
 The column `drift` compares the weights themselves, whose rounding training amplifies.
@@ -65,12 +69,18 @@ def define_flags() -> None:
         "their times are scaled.",
     )
     flags.DEFINE_integer("chunk", 0, "fedgen's clients at once; 0: what it chooses.")
+    flags.DEFINE_enum(
+        "precision",
+        "",
+        ["", "float32", "tensorfloat32"],
+        "Of float32 products on an accelerator; empty for each library's own.",
+    )
     flags.DEFINE_integer("timeout", 900, "Seconds that a process may take.")
     flags.DEFINE_string("data_dir", None, "Folder of TFDS data sets.")
     flags.DEFINE_string(
         "venvs",
         str(pathlib.Path("~/.cache/fedgen/rivals").expanduser()),
-        "Folder of the rivals' environments.",
+        "Folder of the rivals' environments; empty to run them in this one.",
     )
     flags.DEFINE_string("json", None, "File that gets all measurements.")
 
@@ -169,6 +179,7 @@ def measure(
                     paths[count],
                     FLAGS.timeout,
                     FLAGS.chunk if name == "fedgen" else 0,
+                    FLAGS.precision,
                 )
                 runs[name].append(run)
                 what = run.error or f"{statistics.median(run.rounds[1:]):.4g} s a round"
@@ -180,7 +191,11 @@ def measure(
                 runs[REFERENCE][-1]
                 if count == FLAGS.clients
                 else processes.run_once(
-                    processes.RIVALS[REFERENCE], sys.executable, path, FLAGS.timeout
+                    processes.RIVALS[REFERENCE],
+                    sys.executable,
+                    path,
+                    FLAGS.timeout,
+                    precision=FLAGS.precision,
                 )
             )
             if not run.error:
@@ -318,21 +333,24 @@ def main(argv: Sequence[str]) -> None:
     ):
         if name not in known:
             raise app.UsageError(f"unknown {name!r}, known: {', '.join(known)}")
+    jax.config.update("jax_platforms", "cpu")  # an accelerator is left to the rivals
     venvs = {processes.RIVALS[name].venv for name in chosen}
-    found = {venv: processes.install(venv, pathlib.Path(FLAGS.venvs)) for venv in venvs}
+    folder = pathlib.Path(FLAGS.venvs) if FLAGS.venvs else None
+    found = {venv: processes.install(venv, folder) for venv in venvs}
     pythons, errors = ({v: pair[i] for v, pair in found.items()} for i in (0, 1))
 
     everything = {**processes.describe_machine("rivals"), "workloads": {}}
     print(json.dumps(everything, indent=1), file=sys.stderr)
     differ = []
+    after = processes.measure_peak(pythons, FLAGS.precision)
     for name in FLAGS.workloads:
         workload = workloads.WORKLOADS[name]
         problem = workloads.load(workload, FLAGS.data_dir, FLAGS.clients)
-        before = processes.measure_peak(pythons)
         cells, points = measure(workload, problem, chosen, pythons, errors, subset)
-        peak = before
+        before = after
         with contextlib.suppress(subprocess.SubprocessError):
-            peak = max(before, processes.measure_peak(pythons))
+            after = processes.measure_peak(pythons, FLAGS.precision)
+        peak = max(before, after)
         flops = workloads.round_flops(workload, problem)
         steps = (workload.participants or workload.clients) * workload.steps
         print(

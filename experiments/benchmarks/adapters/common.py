@@ -27,6 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=0)
+    parser.add_argument("--precision", default="")  # of products, as JAX names it
     return parser.parse_args()
 
 
@@ -78,8 +79,14 @@ class Events:
         """Say that a round is over, its average included."""
         self._tell("round")
 
-    def finish(self, params: dict[str, Any]) -> None:
-        """Hand over the weights after the last round."""
+    def finish(self, params: dict[str, Any], device_bytes: int = 0) -> None:
+        """Hand over the weights after the last round.
+
+        Args:
+          params: By path.
+          device_bytes: Most memory of an accelerator that was in use, 0 without one.
+        """
+        self._tell("finish", device_bytes=device_bytes)
         arrays = {name: np.asarray(value) for name, value in params.items()}
         np.savez(self._folder / "weights.npz", **arrays)
 

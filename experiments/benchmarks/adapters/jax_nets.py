@@ -13,6 +13,17 @@ Padding = str | Sequence[tuple[int, int]]
 STAGES = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}
 
 
+def set_precision(precision: str) -> None:
+    """Set the precision of float32 products; an empty one leaves it as it is."""
+    if precision:
+        jax.config.update("jax_default_matmul_precision", precision)
+
+
+def device_bytes() -> int:
+    """Return the most memory of an accelerator that was in use, 0 on a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
 def convolve(
     x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
 ) -> jax.Array:

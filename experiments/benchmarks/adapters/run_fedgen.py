@@ -1,9 +1,13 @@
-"""fedgen: its engine, one device per core."""
+"""fedgen: its engine, one device per core; on an accelerator, all clients at once.
+
+`--mode=map` trains one client at a time on an accelerator, too.
+"""
 
 from __future__ import annotations
 
 import common
 import jax
+import jax_nets
 import numpy as np
 
 from experiments.benchmarks import workloads
@@ -16,11 +20,13 @@ def main() -> None:
     args = common.arguments()
     events = common.Events(args.folder)
     execution.use_cores()
+    jax_nets.set_precision(args.precision)
     with np.load(args.workload) as arrays:
         num_rounds = len(arrays["rows"])
     _, problem = workloads.read(args.workload)
     mesh = execution.make_mesh(len(jax.devices()))
-    layout = Execution(args.chunk or execution.default_chunk(), mesh)
+    chunk = 1 if args.mode == "map" else args.chunk
+    layout = Execution(chunk or execution.default_chunk(), mesh)
     federation = execution.place(problem.federation, mesh)
     round_fn = rounds.make_round(problem.algorithm, problem.sampler, layout)
     block = simulate.make_block(round_fn, 1, layout)
@@ -32,7 +38,8 @@ def main() -> None:
             block(state, federation, problem.round_key, np.int32(1))
         )
         events.round_done()
-    events.finish(workloads.flatten(state.server.params))
+    params = workloads.flatten(state.server.params)
+    events.finish(params, jax_nets.device_bytes())
 
 
 if __name__ == "__main__":

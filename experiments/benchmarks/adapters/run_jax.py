@@ -5,6 +5,7 @@ one; `loop`, a Python loop over clients with a jitted scan over steps; `serial`,
 Python loop over steps as well; `vmap`, one jitted program over all clients. A scan over
 steps convolves by slices, since `lax.conv` is slow in loops on a CPU; a single step by
 `lax.conv`, where that is the faster; and `vmap` by `lax.conv` as well, for it is naive.
+On an accelerator all convolve by `lax.conv`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def main() -> None:
     events = common.Events(args.folder)
     if args.mode == "scan":
         jax.config.update("jax_num_cpu_devices", args.processes)
+    jax_nets.set_precision(args.precision)
     workload = common.Workload(args.workload)
-    naive = args.mode in ("serial", "vmap")
+    naive = args.mode in ("serial", "vmap") or jax.default_backend() != "cpu"
     convolution = jax_nets.convolve if naive else jax_nets.convolve_slices
     pool = jax.device_put((workload.x, workload.y))
 
@@ -99,7 +101,7 @@ def main() -> None:
             params = mean(total)
         jax.block_until_ready(params)
         events.round_done()
-    events.finish(params)
+    events.finish(params, jax_nets.device_bytes())
 
 
 if __name__ == "__main__":

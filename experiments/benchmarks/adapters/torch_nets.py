@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, grad, vmap
 
 STAGES = {"resnet8": ((1, 1, 1), 16), "resnet18": ((2, 2, 2, 2), 64)}
 
@@ -26,13 +27,19 @@ def load(module: nn.Module, params: dict[str, np.ndarray]) -> None:
             own[at].copy_(torch.from_numpy(_to_torch(value, own[at].shape, module, at)))
 
 
+def assign(module: nn.Module, values: list[torch.Tensor]) -> None:
+    """Copy tensors into a network's parameters, in their order."""
+    with torch.no_grad():
+        torch._foreach_copy_(list(module.parameters()), values)
+
+
 def save(module: nn.Module) -> dict[str, np.ndarray]:
     """Return a network's weights in the layout of the file."""
     params = {}
     for at, value in module.named_parameters():
         path, _, kind = at.replace(".", "/").rpartition("/")
         kind = {"weight": "scale" if value.ndim == 1 else "kernel"}.get(kind, kind)
-        params[f"{path}/{kind}"] = _from_torch(value.detach().numpy(), module, at)
+        params[f"{path}/{kind}"] = _from_torch(value.detach().cpu().numpy(), module, at)
     return params
 
 
@@ -52,13 +59,56 @@ def descend(
             torch._foreach_add_(params, grads, alpha=-learning_rate)
 
 
+def descend_stacked(
+    model: nn.Module,
+    stacked: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    rows: torch.Tensor,
+    learning_rate: float,
+) -> None:
+    """Take a step of SGD on each minibatch of `rows [m, t, b]`, all clients at once.
+
+    Args:
+      model: The network.
+      stacked: Its parameters `[m, ...]`, which are changed.
+      x: All images.
+      y: All labels.
+      rows: Of every client and step.
+      learning_rate: Of SGD.
+    """
+
+    def loss(params, x, y):
+        return F.cross_entropy(functional_call(model, params, (x,)), y)
+
+    gradient = vmap(grad(loss))
+    for row in rows.unbind(1):
+        grads = gradient(stacked, x[row], y[row])
+        torch._foreach_add_(
+            list(stacked.values()), [grads[k] for k in stacked], alpha=-learning_rate
+        )
+
+
 class Data:
     """The arrays of a workload as tensors."""
 
-    def __init__(self, workload) -> None:
+    def __init__(self, workload, device: str = "cpu") -> None:
         x = np.ascontiguousarray(workload.x.transpose(0, 3, 1, 2))
-        self.x, self.y = torch.from_numpy(x), torch.from_numpy(workload.y).long()
-        self.rows = torch.from_numpy(workload.rows).long()
+        self.x = torch.from_numpy(x).to(device)
+        self.y = torch.from_numpy(workload.y).long().to(device)
+        self.rows = torch.from_numpy(workload.rows).long().to(device)
+
+
+def set_precision(precision: str) -> None:
+    """Set the precision of float32 products; an empty one leaves it as it is.
+
+    Args:
+      precision: "float32" or "tensorfloat32", as JAX names them.
+    """
+    if precision:
+        own = "ieee" if precision == "float32" else "tf32"
+        torch.backends.cuda.matmul.fp32_precision = own
+        torch.backends.cudnn.conv.fp32_precision = own
 
 
 def _torch_name(name: str) -> str:
