@@ -46,6 +46,16 @@ class Schedule(NamedTuple):
 
     def batch(self, key: jax.Array, step: jax.Array, data: Data) -> Batch:
         """Gather the minibatch of one step; `key` fixes the whole order."""
+        return data.take(*self.positions(key, step, data))
+
+    def positions(
+        self, key: jax.Array, step: jax.Array, data: Data
+    ) -> tuple[jax.Array, jax.Array]:
+        """Say where among a client's samples the minibatch of one step lies.
+
+        Returns:
+          Positions `[b]` int32 and the mask `[b]` of those that count.
+        """
         slot = jnp.arange(self.batch_size)
         size = jnp.maximum(data.size, 1)
         if self.steps is None:
@@ -56,7 +66,7 @@ class Schedule(NamedTuple):
             index = step * self.batch_size + slot
             epoch, index, mask = index // size, index % size, slot >= 0
         position = shuffled(key, epoch, jnp.minimum(index, size - 1), size)
-        return data.take(position, mask & (data.size > 0))
+        return position, mask & (data.size > 0)
 
 
 def shuffled(
@@ -161,9 +171,20 @@ def fit(
     order_key, loss_key = jax.random.split(key)
     optimizer = optax.with_extra_args_support(optimizer)
 
+    def batch_of(i):
+        return schedule.batch(order_key, i, data)
+
+    if schedule.steps is not None:
+        # Looked up at once: each look-up is a loop, for whose end an accelerator waits.
+        look_up = jax.vmap(schedule.positions, (None, 0, None))
+        drawn = look_up(order_key, jnp.arange(schedule.steps), data)
+
+        def batch_of(i):
+            return data.take(*jax.tree.map(lambda a: a[i], drawn))
+
     def step(carry):
         i, params, opt_state, total = carry
-        batch = schedule.batch(order_key, i, data)
+        batch = batch_of(i)
         value, grads = jax.value_and_grad(loss)(
             params, batch, jax.random.fold_in(loss_key, i)
         )

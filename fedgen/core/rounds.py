@@ -249,13 +249,7 @@ def _visit(
         )
         sent = tree.where(counted, sent, jax.tree.map(jnp.zeros_like, sent))
         means, rest = _split(sent)
-        # One client after another, whatever the chunk: sums must not depend on it.
-        sums, _ = jax.lax.scan(
-            lambda sums, one: (jax.tree.map(jnp.add, sums, one), None),
-            sums,
-            means,
-            length=chunk,
-        )
+        sums = execution_lib.add_up(sums, means)
         upload = Uploads(
             jnp.where(mask, id_, -1),
             jnp.where(counted, held.size, 0).astype(jnp.float32),
