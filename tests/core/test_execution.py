@@ -88,6 +88,20 @@ def test_map_clients_is_vmap(chunk):
     chex.assert_trees_all_equal(found, jax.vmap(fn)(tree))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_clients_are_added_to_sums(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    total = {"a": jnp.float32(1), "b": jnp.ones((2, 3))}
+    stacked = {"a": jnp.arange(5.0), "b": jnp.arange(30.0).reshape(5, 2, 3)}
+    found = execution.add_up(total, stacked)
+    expected = {"a": 11.0, "b": 1 + np.arange(30.0).reshape(5, 2, 3).sum(0)}
+    chex.assert_trees_all_equal(found, jax.tree.map(jnp.float32, expected))
+    # A function of its own, or the other platform's program would be found.
+    traced = jax.make_jaxpr(lambda *given: execution.add_up(*given))(total, stacked)
+    looped = "scan" in str(traced)
+    assert looped == (platform == "cpu")
+
+
 def test_map_clients_holds_one_chunk_at_a_time():
     # 64 clients with 1 MB of intermediates each.
     def fn(x):

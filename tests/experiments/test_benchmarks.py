@@ -335,6 +335,37 @@ def test_a_failing_process_is_told_with_its_last_words(tmp_path):
     assert run.error.startswith("failed: FileNotFoundError") and not run.rounds
 
 
+ADAPTER = """
+import sys
+sys.path.insert(0, {folder!r})
+import common
+args = common.arguments()
+assert (args.mode, args.precision) == ("graph", "float32"), args
+events = common.Events(args.folder)
+events.ready()
+events.round_done()
+events.round_done()
+events.finish({{"a": [1.0, 2.0]}}, {bytes})
+"""
+
+
+@pytest.mark.parametrize("device_bytes", [0, 123])
+def test_memory_of_an_accelerator_goes_before_that_of_the_host(tmp_path, device_bytes):
+    script = tmp_path / "adapter.py"
+    text = ADAPTER.format(folder=str(processes.ADAPTERS), bytes=device_bytes)
+    script.write_text(f"{text}import time\ntime.sleep(1.5)\n")
+    run = processes.run_once(
+        processes.Rival("any", str(script), mode="graph"),
+        processes.install("torch", None)[0],
+        tmp_path / "none.npz",
+        timeout=100,
+        precision="float32",
+    )
+    assert not run.error, run.error
+    assert len(run.rounds) == 2 and run.params["a"].tolist() == [1, 2]
+    assert run.peak_bytes == 123 if device_bytes else run.peak_bytes > 2**20
+
+
 def test_the_guard_needs_a_slowdown_in_all_of_few_launches():
     assert guard.is_slower([1.2, 1.15, 1.3, 1.02, 1.12], 0.1)
     assert not guard.is_slower([1.2, 1.15, 1.3, 0.99, 1.12], 0.1)
@@ -381,13 +412,21 @@ def test_the_guard_checks_out_what_git_knows():
         pass
 
 
-def test_the_engine_is_timed_with_its_own_chunk_and_others():
+def test_the_engine_is_timed_with_its_own_chunk_and_others(monkeypatch, capsys):
     # Two clients on two devices, so that no other chunk than 1 is possible.
     rows = engine.measure(TINY, workloads.load(TINY, None, 2), [1, 50], turns=1)
     assert [row[:5] for row in rows] == [
         ("mlp", 4, "round", 1, True),
         ("mlp", 4, "evaluation", 1, True),
     ]
+
+    def full():
+        raise jax.errors.JaxRuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(engine, "_an_evaluation", lambda *_: full)
+    (left,) = engine.measure(TINY, workloads.load(TINY, None, 2), [1], turns=1)
+    assert left[:5] == rows[0][:5]
+    assert capsys.readouterr().err == "chunk 1: out of memory\n"
     fast = rows[0]._replace(seconds=(2.0,))
     slow = fast._replace(chunk=2, own=False, seconds=(4.0,))
     table = engine.to_markdown([slow, fast, rows[1]], 1.0).splitlines()

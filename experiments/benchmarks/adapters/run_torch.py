@@ -102,6 +102,8 @@ TRAINERS = {"": one_by_one, "graph": by_graph, "vmap": together}
 def main() -> None:
     """Run the workload's rounds."""
     args = common.arguments()
+    if args.mode == "graph" and not torch.cuda.is_available():
+        raise ValueError("a CUDA graph needs a CUDA device, got none")
     workload = common.Workload(args.workload)
     model = torch_nets.build(workload.model, workload.params)
     shared = [p.detach().clone().share_memory_() for p in model.parameters()]
