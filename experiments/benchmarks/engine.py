@@ -46,13 +46,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 5, "Local steps of a round.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 32, "Samples of a step.", lower_bound=1)
     flags.DEFINE_integer("rounds", 3, "Timed rounds of a chunk.", lower_bound=1)
-    flags.DEFINE_integer("starts", 3, "Timed start-ups of a model.", lower_bound=0)
-    flags.DEFINE_enum(
-        "precision",
-        "",
-        ["", "float32", "tensorfloat32"],
-        "Of float32 products on an accelerator; empty for what JAX does.",
+    flags.DEFINE_integer(
+        "starts",
+        3,
+        "Timed start-ups of a model; 0 where this process holds all of an accelerator.",
+        lower_bound=0,
     )
+    processes.define_precision()
     flags.DEFINE_string("dataset", "fashion_mnist_mini", "Data set.")
     flags.DEFINE_string("data_dir", None, "Folder of TFDS data sets.")
     flags.DEFINE_string("json", None, "File that gets all measurements.")
@@ -100,7 +100,10 @@ def measure(
             try:
                 jax.block_until_ready(run())
             except jax.errors.JaxRuntimeError as error:
-                print(f"chunk {way[1]}: {str(error).splitlines()[0]}", file=sys.stderr)
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                what, chunk = way
+                print(f"{what}, chunk {chunk}: does not fit", file=sys.stderr)
                 del ways[way], seconds[way]
                 continue
             if turn:  # the first compiles

@@ -19,6 +19,7 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import flags
 
 Params = dict[str, np.ndarray]  # by path
 ADAPTERS = pathlib.Path(__file__).parent / "adapters"
@@ -36,6 +37,7 @@ class Rival(NamedTuple):
       venv: Name of its environment; empty for that of fedgen.
       mode: Handed to the script.
       processes: Whether it gets a process (or device) per core rather than one.
+      accelerated: Whether it is of use on an accelerator only.
     """
 
     label: str
@@ -43,6 +45,7 @@ class Rival(NamedTuple):
     venv: str = ""
     mode: str = ""
     processes: bool = False
+    accelerated: bool = False
 
 
 # Of each environment, what `pip install` is called with, once or more.
@@ -69,7 +72,9 @@ VENVS = {
 }
 RIVALS = {
     "fedgen": Rival("fedgen", "run_fedgen.py"),
-    "fedgen-map": Rival("fedgen, a client at a time", "run_fedgen.py", mode="map"),
+    "fedgen-map": Rival(
+        "fedgen, a client at a time", "run_fedgen.py", mode="map", accelerated=True
+    ),
     "jax": Rival("plain JAX, jitted clients", "run_jax.py", mode="loop"),
     "jax-scan": Rival(
         "plain JAX, a scan on every core", "run_jax.py", mode="scan", processes=True
@@ -78,7 +83,11 @@ RIVALS = {
     "vmap": Rival("JAX, naive `vmap`", "run_jax.py", mode="vmap"),
     "torch": Rival("plain PyTorch", "run_torch.py", "torch"),
     "torch-graph": Rival(
-        "plain PyTorch, a CUDA graph per client", "run_torch.py", "torch", "graph"
+        "plain PyTorch, a CUDA graph per client",
+        "run_torch.py",
+        "torch",
+        "graph",
+        accelerated=True,
     ),
     "torch-vmap": Rival("PyTorch, `torch.func.vmap`", "run_torch.py", "torch", "vmap"),
     "torch-processes": Rival(
@@ -94,6 +103,22 @@ RIVALS = {
     "blazefl-single": Rival("BlazeFL, one thread", "run_blazefl.py", "blazefl"),
     "flower": Rival("Flower, an actor per core", "run_flower.py", "flower", "", True),
 }
+
+
+def define_precision() -> None:
+    """Define the flag that sets how float32 matrices are multiplied."""
+    flags.DEFINE_enum(
+        "precision",
+        "",
+        ["", "float32", "tensorfloat32"],
+        "Of float32 products on an accelerator; empty for what each library does.",
+    )
+
+
+def all_rivals() -> list[str]:
+    """Name the rivals that are of use on this machine."""
+    accelerated = bool(name_accelerator())
+    return [name for name, r in RIVALS.items() if accelerated or not r.accelerated]
 
 
 class Run(NamedTuple):
@@ -280,7 +305,7 @@ def describe_machine(script: str) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {model}",
-        "accelerator": _accelerator(),
+        "accelerator": name_accelerator(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "command": shlex.join(
@@ -289,10 +314,10 @@ def describe_machine(script: str) -> dict[str, Any]:
     }
 
 
-def _accelerator() -> str:
+def name_accelerator() -> str:
     """Name the NVIDIA cards of this machine, without taking hold of one."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, check=True, text=True)
-        return "; ".join(done.stdout.split("\n")).strip("; ")
+        return "; ".join(done.stdout.splitlines())
     return ""

@@ -13,9 +13,10 @@ repetitions and their range. Memory is the proportional set size of all processe
 rival, sampled. The peak is the highest rate of a float32 matrix product, of any
 library, before or after.
 
-With an accelerator every rival that can use it does, one at a time, and the harness
-itself stays on the CPU; memory is then the accelerator's, as the library counts it.
-Where nothing can be installed, `--venvs=` runs all rivals in this environment.
+With an accelerator fedgen, plain JAX and plain PyTorch compute there, one at a time;
+the harness itself and the other rivals stay on the CPU. Memory is then the
+accelerator's, as the library counts it, in the first process. Where nothing can be
+installed, `--venvs=` runs all rivals in this environment.
 
 All do the same arithmetic, in another order: the check compares the accuracy on samples
 that nobody trains on with that of the plain loop in JAX, and fails beyond 0.3 points.
@@ -69,12 +70,7 @@ def define_flags() -> None:
         "their times are scaled.",
     )
     flags.DEFINE_integer("chunk", 0, "fedgen's clients at once; 0: what it chooses.")
-    flags.DEFINE_enum(
-        "precision",
-        "",
-        ["", "float32", "tensorfloat32"],
-        "Of float32 products on an accelerator; empty for each library's own.",
-    )
+    processes.define_precision()
     flags.DEFINE_float(
         "peak", 0, "GFLOP/s of a matrix product if known; 0 measures it.", lower_bound=0
     )
@@ -328,7 +324,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"flags begin with --, got {' '.join(argv[1:])}")
     subset = {k: int(v) for k, _, v in (x.partition("=") for x in FLAGS.subset)}
-    chosen = list(processes.RIVALS) if FLAGS.rivals == ["all"] else FLAGS.rivals
+    chosen = processes.all_rivals() if FLAGS.rivals == ["all"] else FLAGS.rivals
     chosen = list(dict.fromkeys(["fedgen", REFERENCE, *chosen]))
     for name, known in (
         *((name, processes.RIVALS) for name in (*chosen, *subset)),

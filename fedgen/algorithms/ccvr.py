@@ -25,7 +25,7 @@ from fedgen.aggregators import gaussian
 from fedgen.algorithms import _options
 from fedgen.algorithms import fedavg as fedavg_lib
 from fedgen.core import fit
-from fedgen.core.algorithm import Algorithm, Exchange, Mean
+from fedgen.core.algorithm import Algorithm, ByServer, Exchange, Mean
 from fedgen.core.federation import Data, Params, Pool
 from fedgen.core.fit import Schedule
 
@@ -133,16 +133,12 @@ def ccvr(
     def predict_global(context, server, x):
         return context.model.apply({**server.fedavg.params, "head": server.head}, x)
 
-    def predict(context, server, client, x):
-        del client
-        return predict_global(context, server, x)
-
     return Algorithm(
         init,
         download,
         base.local,
         aggregate,
-        predict,
+        ByServer(predict_global),
         more=(Exchange(download, send_moments, calibrate),),
         predict_global=predict_global,
     )

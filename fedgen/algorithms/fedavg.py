@@ -17,7 +17,7 @@ import optax
 
 from fedgen.algorithms import _options
 from fedgen.core import fit
-from fedgen.core.algorithm import Algorithm, Mean
+from fedgen.core.algorithm import Algorithm, ByServer, Mean
 from fedgen.core.federation import Params
 from fedgen.core.fit import Schedule
 
@@ -77,15 +77,16 @@ def fedavg(
         params = optax.apply_updates(server.params, updates)
         return Server(params, opt_state), {"delta_norm": optax.tree.norm(delta)}
 
-    def predict(context, server, client, x):
-        del client
-        return context.model.apply(server.params, x)
-
     def predict_global(context, server, x):
         return context.model.apply(server.params, x)
 
     return Algorithm(
-        init, download, local, aggregate, predict, predict_global=predict_global
+        init,
+        download,
+        local,
+        aggregate,
+        ByServer(predict_global),
+        predict_global=predict_global,
     )
 
 

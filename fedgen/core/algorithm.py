@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 if TYPE_CHECKING:
-    from fedgen.core.federation import Federation
+    from fedgen.core.federation import Context, Federation
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -64,6 +65,24 @@ def keep_client(context, key, client, message, data) -> PyTree:
     return client
 
 
+@dataclasses.dataclass(frozen=True)
+class ByServer:
+    """A `predict` by the server's model alone, which is then computed once for both.
+
+    Attributes:
+      predict_global: That of the algorithm.
+    """
+
+    predict_global: Callable[..., jax.Array]
+
+    def __call__(
+        self, context: Context, server: PyTree, client: PyTree, x: jax.Array
+    ) -> jax.Array:
+        """Compute logits, `[b, ...] -> [b, c]`, whoever the client is."""
+        del client
+        return self.predict_global(context, server, x)
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm: five pure functions, written for ONE client.
 
@@ -81,7 +100,8 @@ class Algorithm(NamedTuple):
         is left out of the round.
       aggregate: `(context, key, server, uploads) -> (server, metrics)`, with one
         `Context` and one `Uploads` per cohort.
-      predict: `(context, server, client, x) -> logits` of a client's own model.
+      predict: `(context, server, client, x) -> logits` of a client's own model;
+        `ByServer` if it has none.
       personalise: `(context, key, client, message, data) -> client`, what a client
         does with the newest download before its model is used (fine-tune, fit a
         head); nothing of it flows back into training. Unseen clients do the same.

@@ -12,7 +12,7 @@ import optax
 
 from fedgen.core import execution as execution_lib
 from fedgen.core import fit
-from fedgen.core.algorithm import Algorithm, State
+from fedgen.core.algorithm import Algorithm, ByServer, State
 from fedgen.core.execution import Execution
 from fedgen.core.federation import Context, Data, Federation, Model
 from fedgen.core.participation import Sampler
@@ -219,7 +219,9 @@ def _score(
                 return jnp.sum(real & (jnp.argmax(logits, -1) == batch.y))
 
             whole = before = jnp.int32(0)
-            if algorithm.predict_global is not None:
+            if algorithm.predict == ByServer(algorithm.predict_global):
+                whole = hits(logits)
+            elif algorithm.predict_global is not None:
                 whole = hits(algorithm.predict_global(context, server, batch.x))
             if algorithm.receive is not None:
                 before = hits(algorithm.predict(context, server, received, batch.x))

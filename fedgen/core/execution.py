@@ -207,17 +207,13 @@ def map_clients(fn: Callable, chunk: int | None) -> Callable:
 def add_up(total: PyTree, stacked: PyTree) -> PyTree:
     """Add clients, leaves `[n, ...]`, to sums of them, leaves `[...]`.
 
-    On a CPU one client after another, which is faster there, and does not let rounding
-    depend on the chunk. On an accelerator that would be a kernel for every client.
+    On a CPU one client after another, so that rounding does not depend on the chunk. On
+    an accelerator that would be a kernel for every client.
     """
     if jax.default_backend() != "cpu":
         return jax.tree.map(lambda a, b: a + jnp.sum(b, axis=0), total, stacked)
-    count = jax.tree.leaves(stacked)[0].shape[0]
     return jax.lax.scan(
-        lambda sums, one: (jax.tree.map(jnp.add, sums, one), None),
-        total,
-        stacked,
-        length=count,
+        lambda sums, one: (jax.tree.map(jnp.add, sums, one), None), total, stacked
     )[0]
 
 

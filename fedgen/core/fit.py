@@ -171,11 +171,13 @@ def fit(
     order_key, loss_key = jax.random.split(key)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def batch_of(i):
-        return schedule.batch(order_key, i, data)
+    if schedule.steps is None:
 
-    if schedule.steps is not None:
-        # Looked up at once: each look-up is a loop, for whose end an accelerator waits.
+        def batch_of(i):
+            return schedule.batch(order_key, i, data)
+    else:
+        # Looked up at once, `[t, b]`: each look-up is a loop, for whose end an
+        # accelerator waits.
         look_up = jax.vmap(schedule.positions, (None, 0, None))
         drawn = look_up(order_key, jnp.arange(schedule.steps), data)
 

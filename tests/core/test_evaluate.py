@@ -11,7 +11,7 @@ import pytest
 
 from fedgen.algorithms.fedavg import fedavg
 from fedgen.core import evaluate, fit, participation, rounds
-from fedgen.core.algorithm import Algorithm
+from fedgen.core.algorithm import Algorithm, ByServer
 from fedgen.core.execution import Execution, make_mesh, place
 from fedgen.core.fit import Schedule
 
@@ -104,6 +104,38 @@ def test_scores_are_those_of_a_plain_loop(toy_federation, chunk, devices, batch_
     # Validation and test are other rows, here of other numbers.
     assert found.validation.count.tolist() == [2 + i % 3 for i in range(5)]
     assert found.test.count.tolist() == [3 + i % 2 for i in range(5)]
+
+
+def test_what_the_server_predicts_for_everybody_is_computed_once(toy_federation):
+    federation, base, calls = (
+        toy_federation(SIZES),
+        fedavg(optax.sgd(0.1), SCHEDULE),
+        [],
+    )
+
+    def predict_global(context, server, x):
+        calls.append(x.shape)
+        return base.predict_global(context, server, x)
+
+    once = base._replace(
+        predict=ByServer(predict_global), predict_global=predict_global
+    )
+    twice = base._replace(
+        predict=lambda *given: ByServer(predict_global)(*given),
+        predict_global=predict_global,
+    )
+    alone = once._replace(predict_global=None)
+    state = rounds.init_state(base, federation, KEY)
+    found, number = [], []
+    for algorithm in (once, twice, alone):
+        calls.clear()
+        score = evaluate.make_evaluate(algorithm, Execution())
+        found.append(score(state, federation, KEY))
+        number.append(len(calls))
+    assert number[1] == 2 * number[0] == 2 * number[2] > 0
+    chex.assert_trees_all_equal(found[0], found[1])
+    assert found[0].test.global_correct.sum() > 0
+    assert not found[2].test.global_correct.any()
 
 
 def test_scores_never_read_other_rows(toy_federation):

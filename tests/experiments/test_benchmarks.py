@@ -322,6 +322,13 @@ time.sleep(100)
     pytest.fail("the child lives on")
 
 
+@pytest.mark.parametrize("card", ["", "NVIDIA H200, 580"])
+def test_all_rivals_are_those_that_the_machine_can_run(card, monkeypatch):
+    monkeypatch.setattr(processes, "name_accelerator", lambda: card)
+    left_out = set(processes.RIVALS) - set(processes.all_rivals())
+    assert left_out == (set() if card else {"fedgen-map", "torch-graph"})
+
+
 def test_every_rival_has_an_adapter_and_a_known_environment():
     for rival in processes.RIVALS.values():
         assert (processes.ADAPTERS / rival.script).exists()
@@ -421,12 +428,17 @@ def test_the_engine_is_timed_with_its_own_chunk_and_others(monkeypatch, capsys):
     ]
 
     def full():
-        raise jax.errors.JaxRuntimeError("out of memory\nand more")
+        raise jax.errors.JaxRuntimeError(f"{reason}: 7 bytes")
+
+    reason = "RESOURCE_EXHAUSTED"
 
     monkeypatch.setattr(engine, "_an_evaluation", lambda *_: full)
     (left,) = engine.measure(TINY, workloads.load(TINY, None, 2), [1], turns=1)
     assert left[:5] == rows[0][:5]
-    assert capsys.readouterr().err == "chunk 1: out of memory\n"
+    assert capsys.readouterr().err == "evaluation, chunk 1: does not fit\n"
+    reason = "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        engine.measure(TINY, workloads.load(TINY, None, 2), [1], turns=1)
     fast = rows[0]._replace(seconds=(2.0,))
     slow = fast._replace(chunk=2, own=False, seconds=(4.0,))
     table = engine.to_markdown([slow, fast, rows[1]], 1.0).splitlines()

@@ -25,8 +25,8 @@ def main() -> None:
         num_rounds = len(arrays["rows"])
     _, problem = workloads.read(args.workload)
     mesh = execution.make_mesh(len(jax.devices()))
-    chunk = 1 if args.mode == "map" else args.chunk
-    layout = Execution(chunk or execution.default_chunk(), mesh)
+    own = 1 if args.mode == "map" else execution.default_chunk()
+    layout = Execution(args.chunk or own, mesh)
     federation = execution.place(problem.federation, mesh)
     round_fn = rounds.make_round(problem.algorithm, problem.sampler, layout)
     block = simulate.make_block(round_fn, 1, layout)

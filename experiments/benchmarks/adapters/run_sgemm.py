@@ -1,6 +1,6 @@
 """The machine's highest rate of float32 matrix products, by one library.
 
-Called as `python run_sgemm.py LIBRARY CORES [PRECISION]`. Square matrices, and the tall
+Called as `python run_sgemm.py LIBRARY CORES PRECISION`. Square matrices, and the tall
 ones of a convolution as a product; in JAX also a loop of products on every device at
 once, as fedgen trains. On an accelerator many products follow one another before
 anybody waits for them. Prints GFLOP/s.
@@ -102,8 +102,8 @@ def prepare(library: str, cores: int, precision: str) -> bool:
 
 def main() -> None:
     """Print the highest rate that the library reaches."""
-    library, cores, *precision = sys.argv[1:]
-    large = prepare(library, int(cores), "".join(precision))
+    library, cores, precision = sys.argv[1:]
+    large = prepare(library, int(cores), precision)
     rng = np.random.default_rng(0)
     rates = []
     for n, k, m in (*SHAPES, LARGE) if large else SHAPES:

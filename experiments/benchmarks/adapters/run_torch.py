@@ -43,20 +43,21 @@ def work(rank, args, barrier, shared, sums):
             events.round_done()
         barrier.wait()
     if rank == 0:
-        torch_nets.assign(model, shared)
+        torch_nets.assign(list(model.parameters()), shared)
         most = torch.cuda.max_memory_allocated() if device == "cuda" else 0
         events.finish(torch_nets.save(model), most)
 
 
 def one_by_one(model, data, learning_rate, start, total):
     """Return what trains clients one after another and adds their weights up."""
+    params = list(model.parameters())
 
     def train(rows):
         for of_client in rows:
-            torch_nets.assign(model, start)
+            torch_nets.assign(params, start)
             torch_nets.descend(model, data.x, data.y, of_client, learning_rate)
             with torch.no_grad():
-                torch._foreach_add_(total, list(model.parameters()))
+                torch._foreach_add_(total, params)
 
     return train
 
@@ -103,7 +104,7 @@ def main() -> None:
     """Run the workload's rounds."""
     args = common.arguments()
     if args.mode == "graph" and not torch.cuda.is_available():
-        raise ValueError("a CUDA graph needs a CUDA device, got none")
+        raise ValueError("--mode=graph needs a CUDA device, got none")
     workload = common.Workload(args.workload)
     model = torch_nets.build(workload.model, workload.params)
     shared = [p.detach().clone().share_memory_() for p in model.parameters()]

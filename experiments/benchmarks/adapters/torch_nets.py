@@ -27,10 +27,10 @@ def load(module: nn.Module, params: dict[str, np.ndarray]) -> None:
             own[at].copy_(torch.from_numpy(_to_torch(value, own[at].shape, module, at)))
 
 
-def assign(module: nn.Module, values: list[torch.Tensor]) -> None:
-    """Copy tensors into a network's parameters, in their order."""
+def assign(params: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Copy tensors into parameters."""
     with torch.no_grad():
-        torch._foreach_copy_(list(module.parameters()), values)
+        torch._foreach_copy_(params, values)
 
 
 def save(module: nn.Module) -> dict[str, np.ndarray]:
