@@ -193,6 +193,8 @@ def run_once(
         environment = dict(os.environ, PYTHONPATH="" if rival.venv else str(ROOT))
         if rival.venv:
             environment["OMP_NUM_THREADS"] = str(threads)
+        if rival.venv not in ("", "torch"):  # not written for an accelerator
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         with open(f"{folder}/log", "w+") as log:
             begin = time.monotonic()
             process = subprocess.Popen(

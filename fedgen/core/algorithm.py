@@ -67,7 +67,7 @@ def keep_client(context, key, client, message, data) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class ByServer:
-    """A `predict` by the server's model alone, which is then computed once for both.
+    """A `predict` by the server's model alone, which evaluation then computes once.
 
     Attributes:
       predict_global: That of the algorithm.

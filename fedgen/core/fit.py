@@ -179,7 +179,7 @@ def fit(
         # Looked up at once, `[t, b]`: each look-up is a loop, for whose end an
         # accelerator waits.
         look_up = jax.vmap(schedule.positions, (None, 0, None))
-        drawn = look_up(order_key, jnp.arange(schedule.steps), data)
+        drawn = look_up(order_key, jnp.arange(max(1, schedule.steps)), data)
 
         def batch_of(i):
             return data.take(*jax.tree.map(lambda a: a[i], drawn))

@@ -21,7 +21,7 @@ import pytest
 from fedgen.algorithms import REGISTRY, make
 from fedgen.algorithms.fedgmi import Server as FedGmiServer
 from fedgen.core import rounds, simulate
-from fedgen.core.algorithm import Algorithm, State
+from fedgen.core.algorithm import Algorithm, ByServer, State
 from fedgen.core.execution import AXIS, Execution, make_mesh, place
 from fedgen.core.federation import Data, Federation
 from fedgen.core.fit import Schedule
@@ -421,6 +421,11 @@ def test_only_architecture_free_algorithms_take_two_cohorts(case, toy_federation
     round_fn = rounds.make_round(case.algorithm, sampler, Execution())
     after, _ = jax.eval_shape(round_fn, state, federation, KEY)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+def test_what_the_server_predicts_for_everybody_is_marked(case):
+    marked = case.algorithm.predict == ByServer(case.algorithm.predict_global)
+    assert marked == (case.name in ("fedavg", "fedadam", "fedyogi", "fedprox", "ccvr"))
 
 
 def test_predictions_are_finite_even_for_unseen_classes(case):

@@ -107,11 +107,8 @@ def test_scores_are_those_of_a_plain_loop(toy_federation, chunk, devices, batch_
 
 
 def test_what_the_server_predicts_for_everybody_is_computed_once(toy_federation):
-    federation, base, calls = (
-        toy_federation(SIZES),
-        fedavg(optax.sgd(0.1), SCHEDULE),
-        [],
-    )
+    federation, calls = toy_federation(SIZES), []
+    base = fedavg(optax.sgd(0.1), SCHEDULE)
 
     def predict_global(context, server, x):
         calls.append(x.shape)

@@ -142,6 +142,13 @@ PARAMS = {"w": jnp.array([0.3, -0.2, 0.1]), "b": jnp.array([0.5])}
 OPTIMIZER = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9))
 
 
+def test_no_steps_leave_the_parameters():
+    given = PARAMS, KEY, make_data(10), Schedule(4, steps=0)
+    params, metrics = fit.fit(loss, OPTIMIZER, *given)
+    chex.assert_trees_all_equal(params, PARAMS)
+    assert metrics == {"loss": 0, "steps": 0}
+
+
 @pytest.mark.parametrize(
     "schedule", [Schedule(4, 3), Schedule(4, steps=6), Schedule(4, steps=1)]
 )

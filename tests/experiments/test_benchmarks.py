@@ -343,9 +343,10 @@ def test_a_failing_process_is_told_with_its_last_words(tmp_path):
 
 
 ADAPTER = """
-import sys
+import os, sys
 sys.path.insert(0, {folder!r})
 import common
+assert os.environ["CUDA_VISIBLE_DEVICES"] == {seen!r}
 args = common.arguments()
 assert (args.mode, args.precision) == ("graph", "float32"), args
 events = common.Events(args.folder)
@@ -356,14 +357,19 @@ events.finish({{"a": [1.0, 2.0]}}, {bytes})
 """
 
 
-@pytest.mark.parametrize("device_bytes", [0, 123])
-def test_memory_of_an_accelerator_goes_before_that_of_the_host(tmp_path, device_bytes):
-    script = tmp_path / "adapter.py"
-    text = ADAPTER.format(folder=str(processes.ADAPTERS), bytes=device_bytes)
+@pytest.mark.parametrize(
+    ("venv", "seen", "device_bytes"), [("pfl", "", 0), ("torch", "7", 123)]
+)
+def test_only_some_rivals_see_an_accelerator_whose_memory_is_told(
+    tmp_path, monkeypatch, venv, seen, device_bytes
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    script, folder = tmp_path / "adapter.py", str(processes.ADAPTERS)
+    text = ADAPTER.format(folder=folder, bytes=device_bytes, seen=seen)
     script.write_text(f"{text}import time\ntime.sleep(1.5)\n")
     run = processes.run_once(
-        processes.Rival("any", str(script), mode="graph"),
-        processes.install("torch", None)[0],
+        processes.Rival("any", str(script), venv, "graph"),
+        processes.install(venv, None)[0],
         tmp_path / "none.npz",
         timeout=100,
         precision="float32",

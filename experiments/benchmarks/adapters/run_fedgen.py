@@ -1,6 +1,7 @@
 """fedgen: its engine, one device per core; on an accelerator, all clients at once.
 
-`--mode=map` trains one client at a time on an accelerator, too.
+`--mode=map` trains one client at a time on an accelerator, too, unless `--chunk` says
+how many.
 """
 
 from __future__ import annotations
