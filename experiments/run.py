@@ -137,7 +137,7 @@ def guard(
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         if alone and COORDINATOR.value is not None:
             raise ValueError("coordinator must not be given here: one process does it")
-        execution.use_cores()
+        execution.use_cores(flags.FLAGS.devices)
         hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         work()
     except (ValueError, FloatingPointError) as error:

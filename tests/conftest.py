@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from fedgen.core import execution
 from fedgen.core.federation import Cohort, Federation, Model, Pool, Rows
 
 os.environ["MPLBACKEND"] = "Agg"
@@ -35,6 +36,7 @@ if jax.__version_info__ < (0, 11):
     QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", QUICK_FLAGS)
+    execution.use_cores()
     jax.devices()
 
 WARNINGS_AS_ERRORS = (

@@ -18,6 +18,14 @@ from fedgen.core.federation import Federation, Rows
 AXIS = "clients"
 PyTree = Any
 
+# XLA:CPU divides an operation, as a sum, among the threads of all devices. A thread that
+# does the part of another leaves that one a task with nothing in it, and where every
+# thread is busy with a device, nobody takes those away. Once 1,024 wait in a queue, what
+# should wait there runs at once, in the midst of a product, which then packs its next
+# part over one that is not multiplied yet: the result is wrong (jaxlib 0.10.2). With a
+# device for every core there is nothing to gain from division either.
+_UNDIVIDED = "--xla_disable_hlo_passes=cpu-parallel-task-assigner"
+
 
 class Execution(NamedTuple):
     """The layout of the client axis.
@@ -52,14 +60,21 @@ def read_chunk(chunk: int | str) -> int | None:
     return None if chunk == "all" else int(chunk)
 
 
-def use_cores() -> None:
+def use_cores(devices: int = 0) -> None:
     """Make each CPU core a device, so that clients train side by side on them.
 
-    To be called before JAX is first used; it has no effect on other platforms, nor if
-    the environment sets JAX_NUM_CPU_DEVICES.
+    To be called before JAX is first used; it has no effect on other platforms. If the
+    environment sets JAX_NUM_CPU_DEVICES, it says how many devices there are.
+
+    Args:
+      devices: How many of them will be used, 0 for all.
     """
     if jax.config.jax_num_cpu_devices <= 0:
         jax.config.update("jax_num_cpu_devices", num_cores())
+    busy = devices or jax.config.jax_num_cpu_devices
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if busy >= num_cores() and _UNDIVIDED not in flags:
+        os.environ["XLA_FLAGS"] = " ".join([*flags, _UNDIVIDED])
 
 
 def num_cores() -> int:

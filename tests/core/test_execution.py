@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -134,3 +138,49 @@ def test_on_shards_gives_each_device_its_own_clients():
     assert held.tolist() == [3] * 6
     assert execution.on_shards(fn, None) is fn
     assert int(execution.first_slot(None, 3)) == 0
+
+
+LONG_PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+from fedgen.core import execution
+
+execution.use_cores()
+
+def multiply(x, y):
+    z = jax.lax.fori_loop(0, 1500, lambda i, z: jnp.sin(z), jnp.ones(2**16))
+    return (x + 0 * z[0]).T @ y
+
+rng = np.random.default_rng(0)
+x, y = (rng.normal(size=(400, n)).astype(np.float32) for n in (7200, 16))
+mesh = execution.make_mesh(len(jax.devices()))
+program = jax.jit(
+    execution.on_shards(lambda *a: multiply(*a)[None], mesh, whole=range(2))
+)
+for _ in range(4):
+    for product in np.asarray(program(x, y)):
+        np.testing.assert_allclose(product, x.T @ y, atol=1e-3)
+"""
+
+
+def test_products_are_right_after_many_operations_on_all_cores():
+    # Optimised as for users, and XLA reads its flags once: a process of its own.
+    env = {name: a for name, a in os.environ.items() if name != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(execution.num_cores())}
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_PROGRAM], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "cores, used, divided", [(1, 0, False), (2, 0, False), (2, 1, True), (4, 0, True)]
+)
+def test_use_cores_lets_operations_be_divided_if_a_core_is_left(
+    monkeypatch, cores, used, divided
+):
+    monkeypatch.setattr(execution, "num_cores", lambda: cores)  # and two devices
+    monkeypatch.setenv("XLA_FLAGS", "--xla_mine")
+    for _ in range(2):
+        execution.use_cores(used)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags[0] == "--xla_mine" and len(flags) == (1 if divided else 2)

@@ -112,7 +112,7 @@ def test_a_denoiser_of_few_clients_knows_the_others_less():
 
 
 def test_a_small_run_writes_what_is_promised(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(execution, "use_cores", lambda: None)
+    monkeypatch.setattr(execution, "use_cores", lambda devices: None)
     monkeypatch.setattr(population, "MEMORY_STEPS", 2)
     monkeypatch.setattr(population, "LOCAL_ROUNDS", (1, 2))
     own = ("warmup=1", "memory=2", "rank=2", "denoiser_steps=2", "denoiser_width=8")
@@ -187,7 +187,7 @@ def test_a_small_run_writes_what_is_promised(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_wrong_requests_are_refused(flag, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(execution, "use_cores", lambda: None)
+    monkeypatch.setattr(execution, "use_cores", lambda devices: None)
     folder = tmp_path / "run"
     words = ["--new_clients=2", "--rounds=12", "--model=mlp32", flag]
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:

@@ -38,7 +38,7 @@ def invoke(*args):
         contextlib.redirect_stderr(error),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(execution, "use_cores", lambda: None)
+        patch.setattr(execution, "use_cores", lambda devices: None)
         try:
             run.main(run.parse(["run", *args]))
         except SystemExit as exit_:

@@ -33,7 +33,7 @@ def invoke(text):
         contextlib.redirect_stderr(error),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(execution, "use_cores", lambda: None)
+        patch.setattr(execution, "use_cores", lambda devices: None)
         try:
             command.main(run.parse(["sweep", *shlex.split(text)]))
         except SystemExit as exit_:

@@ -11,6 +11,7 @@ On an accelerator all convolve by `lax.conv`.
 from __future__ import annotations
 
 import functools
+import os
 
 import common
 import jax
@@ -24,6 +25,8 @@ def main() -> None:
     events = common.Events(args.folder)
     if args.mode == "scan":
         jax.config.update("jax_num_cpu_devices", args.processes)
+        # As `fedgen.core.execution.use_cores` does, or products may be wrong.
+        os.environ["XLA_FLAGS"] = "--xla_disable_hlo_passes=cpu-parallel-task-assigner"
     jax_nets.set_precision(args.precision)
     workload = common.Workload(args.workload)
     naive = args.mode in ("serial", "vmap") or jax.default_backend() != "cpu"
