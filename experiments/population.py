@@ -633,7 +633,7 @@ def work() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Compare what the flags say."""
-    run.guard(argv, work, alone=True)
+    run.guard(argv, work, alone=True, devices=1)
 
 
 if __name__ == "__main__":

@@ -121,10 +121,12 @@ def guard(
     *,
     alone: bool = False,
     can_dry_run: bool = False,
+    devices: int = 0,
 ) -> None:
     """Do the work; exit with 2 for a wrong request, 1 for a failed training.
 
-    With `alone`, the work is none for several processes.
+    With `alone`, the work is none for several processes. It takes as many `devices`, or
+    those of the flag.
     """
     try:
         if len(argv) > 1:
@@ -137,7 +139,7 @@ def guard(
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         if alone and COORDINATOR.value is not None:
             raise ValueError("coordinator must not be given here: one process does it")
-        execution.use_cores(flags.FLAGS.devices)
+        execution.use_cores(devices or flags.FLAGS.devices)
         hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         work()
     except (ValueError, FloatingPointError) as error:

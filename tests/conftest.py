@@ -31,12 +31,12 @@ jax.config.update("jax_enable_compilation_cache", False)
 # the command line and the notebooks, is optimised as for users. XLA reads flags once,
 # and aborts if it does not know one, so only releases that have this one get it.
 jax.config.update("jax_disable_most_optimizations", True)
+execution.use_cores()
 QUICK_FLAGS = os.environ.get("XLA_FLAGS", "")
 if jax.__version_info__ < (0, 11):
     QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", QUICK_FLAGS)
-    execution.use_cores()
     jax.devices()
 
 WARNINGS_AS_ERRORS = (

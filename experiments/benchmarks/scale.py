@@ -70,7 +70,7 @@ class Row(NamedTuple):
 
 def serve(connection: Connection, config: Config) -> None:
     """Prepare a run, then train a block whenever asked, until told to stop."""
-    execution.use_cores()
+    execution.use_cores(config.devices)
     begin = time.perf_counter()
     setup = build.build(config)
     jax.block_until_ready(setup.federation)

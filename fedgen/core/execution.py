@@ -18,12 +18,11 @@ from fedgen.core.federation import Federation, Rows
 AXIS = "clients"
 PyTree = Any
 
-# XLA:CPU divides an operation, as a sum, among the threads of all devices. A thread that
-# does the part of another leaves that one a task with nothing in it, and where every
-# thread is busy with a device, nobody takes those away. Once 1,024 wait in a queue, what
-# should wait there runs at once, in the midst of a product, which then packs its next
-# part over one that is not multiplied yet: the result is wrong (jaxlib 0.10.2). With a
-# device for every core there is nothing to gain from division either.
+# XLA:CPU offers parts of sums and the like to the other threads of its pool. A thread
+# that gets to such a part first itself leaves an empty task in its queue, and where all
+# threads run devices, nobody takes that away. A queue holds 1,024. From then on tasks
+# run at once, and a product of matrices packs a block over one that is still in use:
+# its result is wrong (jaxlib 0.10.2). Devices with a core each gain nothing thereby.
 _UNDIVIDED = "--xla_disable_hlo_passes=cpu-parallel-task-assigner"
 
 
@@ -63,18 +62,19 @@ def read_chunk(chunk: int | str) -> int | None:
 def use_cores(devices: int = 0) -> None:
     """Make each CPU core a device, so that clients train side by side on them.
 
-    To be called before JAX is first used; it has no effect on other platforms. If the
-    environment sets JAX_NUM_CPU_DEVICES, it says how many devices there are.
+    To be called before JAX is first used. Other platforms go on as they are. If the
+    environment sets JAX_NUM_CPU_DEVICES, there are as many devices as that says. Where
+    no core is left over, it adds to XLA_FLAGS that operations are not divided.
 
     Args:
-      devices: How many of them will be used, 0 for all.
+      devices: How many will be used at once, 0 for all.
     """
     if jax.config.jax_num_cpu_devices <= 0:
         jax.config.update("jax_num_cpu_devices", num_cores())
     busy = devices or jax.config.jax_num_cpu_devices
-    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = os.environ.get("XLA_FLAGS", "")
     if busy >= num_cores() and _UNDIVIDED not in flags:
-        os.environ["XLA_FLAGS"] = " ".join([*flags, _UNDIVIDED])
+        os.environ["XLA_FLAGS"] = f"{flags} {_UNDIVIDED}".strip()
 
 
 def num_cores() -> int:
@@ -90,7 +90,8 @@ def make_mesh(num_devices: int) -> Mesh | None:
     Every process gives as many, its first ones.
 
     Raises:
-      ValueError: If there are fewer devices, or processes cannot give as many each.
+      ValueError: If there are fewer devices, processes cannot give as many each, or
+        they would take every core of a CPU without `use_cores`.
     """
     available, processes = len(jax.devices()), jax.process_count()
     if not 1 <= num_devices <= available:
@@ -113,6 +114,13 @@ def make_mesh(num_devices: int) -> Mesh | None:
             f"{', '.join(str(len(devices)) for devices in local)}"
         )
     devices = np.asarray([devices[:each] for devices in local]).reshape(-1)
+    full = devices[0].platform == "cpu" and 1 < each >= num_cores()
+    if full and _UNDIVIDED not in os.environ.get("XLA_FLAGS", ""):
+        raise ValueError(
+            f"devices must be fewer than the {num_cores()} cores, got {each}, unless "
+            "fedgen.core.execution.use_cores() comes before anything else of JAX; "
+            "without it XLA may compute wrong products of matrices"
+        )
     return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
 
 

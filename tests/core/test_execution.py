@@ -147,7 +147,7 @@ from fedgen.core import execution
 execution.use_cores()
 
 def multiply(x, y):
-    z = jax.lax.fori_loop(0, 1500, lambda i, z: jnp.sin(z), jnp.ones(2**16))
+    z = jax.lax.fori_loop(0, 1500, lambda i, z: jnp.sin(z), jnp.ones(2**17))
     return (x + 0 * z[0]).T @ y
 
 rng = np.random.default_rng(0)
@@ -162,25 +162,46 @@ for _ in range(4):
 """
 
 
+@pytest.mark.skipif(execution.num_cores() == 1, reason="one thread divides nothing")
 def test_products_are_right_after_many_operations_on_all_cores():
     # Optimised as for users, and XLA reads its flags once: a process of its own.
-    env = {name: a for name, a in os.environ.items() if name != "XLA_FLAGS"}
+    without = ("XLA_FLAGS", "NPROC", "PJRT_NPROC")
+    env = {name: value for name, value in os.environ.items() if name not in without}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(execution.num_cores())}
     done = subprocess.run(
-        [sys.executable, "-c", LONG_PROGRAM], env=env, capture_output=True, text=True
+        [sys.executable, "-c", LONG_PROGRAM],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
 
 
+UNDIVIDED = "--xla_disable_hlo_passes=cpu-parallel-task-assigner"
+
+
 @pytest.mark.parametrize(
-    "cores, used, divided", [(1, 0, False), (2, 0, False), (2, 1, True), (4, 0, True)]
+    "cores, used, flags",
+    [
+        (1, 0, f"--xla_mine {UNDIVIDED}"),
+        (2, 0, f"--xla_mine {UNDIVIDED}"),
+        (2, 1, "--xla_mine"),
+        (4, 0, "--xla_mine"),
+    ],
 )
-def test_use_cores_lets_operations_be_divided_if_a_core_is_left(
-    monkeypatch, cores, used, divided
-):
+def test_use_cores_lets_xla_divide_if_a_core_is_left(monkeypatch, cores, used, flags):
     monkeypatch.setattr(execution, "num_cores", lambda: cores)  # and two devices
     monkeypatch.setenv("XLA_FLAGS", "--xla_mine")
     for _ in range(2):
         execution.use_cores(used)
-    flags = os.environ["XLA_FLAGS"].split()
-    assert flags[0] == "--xla_mine" and len(flags) == (1 if divided else 2)
+    assert os.environ["XLA_FLAGS"] == flags
+
+
+def test_make_mesh_refuses_all_cores_if_xla_divides(monkeypatch):
+    monkeypatch.setattr(execution, "num_cores", lambda: 2)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    with pytest.raises(ValueError, match=r"fewer than the 2 cores, got 2.*use_cores"):
+        make_mesh(2)
+    monkeypatch.setattr(execution, "num_cores", lambda: 3)
+    assert make_mesh(2).size == 2

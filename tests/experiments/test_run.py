@@ -391,3 +391,12 @@ def test_killed_at_random_moments_and_resumed_equals_never_killed(world, tmp_pat
     assert process.returncode == 0, error
     assert killed >= kills / 2 and "warning" not in out
     assert final_files(folder) == final_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flag, devices", [("--devices=1", 1), ("--chunk=1", 0)])
+def test_cores_are_told_of_the_devices(monkeypatch, flag, devices):
+    told = []
+    monkeypatch.setattr(execution, "use_cores", told.append)
+    with flagsaver.flagsaver(), pytest.raises(SystemExit):
+        run.main(run.parse(["run", flag, "--num_clients=0"]))
+    assert told == [devices]

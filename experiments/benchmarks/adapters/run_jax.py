@@ -25,8 +25,10 @@ def main() -> None:
     events = common.Events(args.folder)
     if args.mode == "scan":
         jax.config.update("jax_num_cpu_devices", args.processes)
-        # As `fedgen.core.execution.use_cores` does, or products may be wrong.
-        os.environ["XLA_FLAGS"] = "--xla_disable_hlo_passes=cpu-parallel-task-assigner"
+        # As `fedgen.core.execution.use_cores` says, or products may be wrong.
+        flags = os.environ.get("XLA_FLAGS", "")
+        undivided = "--xla_disable_hlo_passes=cpu-parallel-task-assigner"
+        os.environ["XLA_FLAGS"] = f"{flags} {undivided}"
     jax_nets.set_precision(args.precision)
     workload = common.Workload(args.workload)
     naive = args.mode in ("serial", "vmap") or jax.default_backend() != "cpu"
