@@ -40,12 +40,15 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Define the flags of the command line."""
-    flags.DEFINE_list("models", ["mlp", "cnn", "small_cnn", "resnet8"], "Models.")
+    flags.DEFINE_list(
+        "models", ["mlp", "cnn", "small_cnn", "resnet8"], "Models, or FedGMI's vae."
+    )
     flags.DEFINE_list("clients", ["100"], "Numbers of clients.")
     flags.DEFINE_list("chunks", ["1", "2", "5", "10", "25", "50"], "Chunks to try.")
     flags.DEFINE_integer("steps", 5, "Local steps of a round.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 32, "Samples of a step.", lower_bound=1)
     flags.DEFINE_integer("rounds", 3, "Timed rounds of a chunk.", lower_bound=1)
+    flags.DEFINE_bool("evaluation", True, "Whether evaluations are timed, too.")
     flags.DEFINE_integer(
         "starts",
         3,
@@ -81,9 +84,13 @@ class Row(NamedTuple):
 
 
 def measure(
-    workload: Workload, problem: Problem, chunks: Sequence[int], turns: int
+    workload: Workload,
+    problem: Problem,
+    chunks: Sequence[int],
+    turns: int,
+    evaluation: bool = True,
 ) -> list[Row]:
-    """Time rounds and evaluations with several chunks, by turns."""
+    """Time rounds, and evaluations if wanted, with several chunks, by turns."""
     mesh = execution.make_mesh(len(jax.devices()))
     federation = execution.place(problem.federation, mesh)
     width = federation.cohorts[0].num_clients // len(jax.devices())
@@ -92,7 +99,8 @@ def measure(
     for chunk in sorted({own, *(c for c in chunks if c <= width)}):
         layout = Execution(chunk, mesh)
         ways["round", chunk] = _a_round(problem, federation, layout)
-        ways["evaluation", chunk] = _an_evaluation(problem, federation, layout)
+        if evaluation:
+            ways["evaluation", chunk] = _an_evaluation(problem, federation, layout)
     seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     for turn in range(turns + 1):
         for way, run in list(ways.items()):
@@ -202,7 +210,9 @@ def main(argv: Sequence[str]) -> None:
                 FLAGS.dataset, model, clients, FLAGS.steps, FLAGS.batch_size
             )
             problem = workloads.load(workload, FLAGS.data_dir)
-            measured = measure(workload, problem, chunks, FLAGS.rounds)
+            measured = measure(
+                workload, problem, chunks, FLAGS.rounds, FLAGS.evaluation
+            )
             print(f"\n{to_markdown(measured, peak)}", flush=True)
             rows += measured
         if FLAGS.starts:

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -210,13 +211,13 @@ def run_once(
             with _ended(process), _watch(process.pid) as peak, over:
                 code = process.wait(timeout)
             log.seek(0)
-            last = "".join(log.readlines()[-1:]).strip()
+            said = [line.strip() for line in log if any(map(str.isalpha, line))]
         if code is None:
             return Run(error=f"stopped after {timeout:.0f} s")
         events = pathlib.Path(folder, "events.jsonl")
         weights = pathlib.Path(folder, "weights.npz")
         if code or not weights.exists():
-            return Run(error=f"failed: {last[:200]}")
+            return Run(error=f"failed: {_reason(said)[:200]}")
         first, *others, end = map(json.loads, events.read_text().splitlines())
         times = [first["time"]] + [event["time"] for event in others]
         with np.load(weights) as arrays:
@@ -224,6 +225,13 @@ def run_once(
         seconds = tuple(b - a for a, b in zip(times[:-1], times[1:], strict=True))
         most = end["device_bytes"] or max(peak)
         return Run(times[0] - begin, seconds, most, first["versions"], params)
+
+
+def _reason(said: list[str]) -> str:
+    """Pick the first line of a log that names an error, or else the last one."""
+    # Launchers end with an error of their own, and with bars below it.
+    named = re.compile(r"(\w+\.)*\w*(Error|Exception)\b")
+    return next(filter(named.match, said), "".join(said[-1:]))
 
 
 @contextlib.contextmanager

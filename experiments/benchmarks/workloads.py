@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,8 +25,9 @@ import optax
 from experiments.benchmarks.adapters import jax_nets
 from fedgen import models
 from fedgen.algorithms.fedavg import fedavg
-from fedgen.core import participation, rounds
-from fedgen.core.algorithm import Algorithm
+from fedgen.algorithms.fedgmi import density_of
+from fedgen.core import fit, participation, rounds
+from fedgen.core.algorithm import Algorithm, Mean
 from fedgen.core.execution import Execution
 from fedgen.core.federation import Federation, Model, Pool, Rows
 from fedgen.core.fit import Schedule
@@ -73,6 +75,7 @@ WORKLOADS = {
     # At 0.05 rounding alone separates two runs by 1 % of their way within two rounds.
     "W5": Workload(_CIFAR, "pfl_cnn", 1000, 5, 10, 50, 50, learning_rate=0.01),
 }
+_VAE = {"density": "x", "likelihood": "bernoulli", "hidden": 128, "latent": 16}
 
 
 class PflBody(nn.Module):
@@ -87,9 +90,14 @@ class PflBody(nn.Module):
 
 
 def build_model(name: str, shape: tuple[int, ...], num_classes: int) -> Model:
-    """Build a shipped model, or `pfl_cnn`."""
+    """Build a shipped model, `pfl_cnn`, or FedGMI's `vae`, which gives samples back."""
     if name == "pfl_cnn":
         return layers.assemble(name, PflBody(), shape, num_classes, 3)
+    if name == "vae":
+        vae, latent = density_of(shape, num_classes, _VAE).vae, _VAE["latent"]
+        return Model(
+            name, vae.init, lambda p, x: vae.encode(p, x)[0], vae.decode, latent
+        )
     return models.build(name, shape, num_classes)
 
 
@@ -154,23 +162,40 @@ def assemble(
     split = Split(
         order.astype(np.int32), Rows(start, size), *[Rows(start + size, none)] * 2
     )
-    model = build_model(workload.model, source.x.shape[1:], source.num_classes)
+    shape = source.x.shape[1:]
+    model = build_model(workload.model, shape, source.num_classes)
+    schedule = Schedule(workload.batch_size, steps=workload.steps)
+    algorithm = fedavg(optax.sgd(workload.learning_rate), schedule)
+    if workload.model == "vae":
+        density = density_of(shape, source.num_classes, _VAE)
+        algorithm = algorithm._replace(local=_train_vae(density, schedule))
     chosen = np.arange(subset or workload.clients)
     taking_part = min(workload.participants or len(chosen), len(chosen))
     init_key, round_key = jax.random.split(jax.random.key(SEED))
     return Problem(
         federate.federate(source, split, model, clients=chosen),
-        _equal_weights(
-            fedavg(
-                optax.sgd(workload.learning_rate),
-                Schedule(workload.batch_size, steps=workload.steps),
-            )
-        ),
+        _equal_weights(algorithm),
         participation.uniform(taking_part / len(chosen)),
         test,
         init_key,
         round_key,
     )
+
+
+def _train_vae(density: Any, schedule: Schedule) -> Callable[..., Any]:
+    """Return what a client does in FedGMI's first rounds, with as many steps."""
+
+    def local(context, key, client, params, data):
+        del context
+
+        def loss(params, batch, key):
+            return -fit.masked_mean(density.bound(params, key, batch.x), batch.mask)
+
+        new, metrics = fit.fit(loss, optax.adam(2e-3), params, key, data, schedule)
+        delta = jax.tree.map(jnp.subtract, new, params)
+        return client, Mean(delta, data.size), metrics
+
+    return local
 
 
 def _equal_weights(algorithm: Algorithm) -> Algorithm:

@@ -121,6 +121,11 @@ def _correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
         x = jnp.pad(x, (*((0, 0),) * 3, (0, more)))
         kernel = jnp.pad(kernel, (*((0, 0),) * 2, (0, more), (0, wider)))
 
+    # XLA:CPU errs where it cuts off rows and adds fewer at the other end (openxla/xla
+    # 48713), so what is cut off goes first.
+    x = pad(x, [(min(low, 0), min(high, 0)) for low, high in pads])
+    pads = [(max(low, 0), max(high, 0)) for low, high in pads]
+
     # Kernels of several clients would become groups, which are slow everywhere.
     @jax.custom_batching.sequential_vmap
     def correlate(x, kernel):

@@ -202,10 +202,7 @@ def environment(setup: build.Setup) -> dict[str, Any]:
     """Describe versions and devices, for the record."""
     return {
         "python": platform.python_version(),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("fedgen", "jax", "flax", "optax", "numpy")
-        },
+        **{n: _version(n) for n in ("fedgen", "jax", "flax", "optax", "numpy")},
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": setup.execution.num_devices,
@@ -213,6 +210,14 @@ def environment(setup: build.Setup) -> dict[str, Any]:
         "chunk": setup.execution.chunk or "all",
         "layout": setup.layout,
     }
+
+
+def _version(package: str) -> str:
+    """Say which version of a package is installed; a checkout in the path is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _write_config(path: pathlib.Path, config: Config, setup: build.Setup) -> str:

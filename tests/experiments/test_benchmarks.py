@@ -194,6 +194,7 @@ def unflatten(flat):
         ("small_cnn", (16, 16, 3)),
         ("pfl_cnn", (8, 8, 3)),
         ("resnet8", (8, 8, 3)),
+        ("vae", (8, 8, 1)),
     ],
 )
 def test_plain_networks_are_those_of_fedgen(name, shape):
@@ -340,6 +341,13 @@ def test_a_failing_process_is_told_with_its_last_words(tmp_path):
         processes.RIVALS["jax"], sys.executable, tmp_path / "none.npz", timeout=100
     )
     assert run.error.startswith("failed: FileNotFoundError") and not run.rounds
+
+
+def test_of_a_log_the_first_error_is_told():
+    said = ["Traceback (most recent call last):", "pfl.Error: no", "ChildFailedError:"]
+    assert processes._reason([*said, "exitcode : 1"]) == "pfl.Error: no"
+    assert processes._reason(["one", "Errors are told"]) == "Errors are told"
+    assert processes._reason([]) == ""
 
 
 ADAPTER = """

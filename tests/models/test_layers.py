@@ -119,6 +119,34 @@ def test_conv_equals_flax(channels, features, kernel, strides, padding):
 
 
 @pytest.mark.parametrize(
+    "pads",
+    [
+        ((6, 3), (6, 3)),  # gradients have ((-2, 1), (-2, 1))
+        ((-2, 1), (0, 0)),
+        ((0, -1), (-1, 1)),
+        ((5, 5), (-1, 2)),
+        ((1, -2), (7, 0)),
+    ],
+)
+@pytest.mark.parametrize(("channels", "features"), [(8, 16), (16, 7), (3, 5)])
+def test_what_pads_cut_off_does_not_count(channels, features, pads):
+    # Not against XLA's own, which is what errs.
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, channels))
+    kernel = jax.random.normal(jax.random.key(1), (5, 5, channels, features)) / 10
+
+    def both(correlate):
+        y, pull = jax.vjp(correlate, x, kernel)
+        return y, pull(jax.random.normal(jax.random.key(2), y.shape))
+
+    chex.assert_trees_all_close(
+        both(lambda x, k: convolution._correlate(x, k, pads)),
+        both(lambda x, k: convolution._by_slices(x, k, (1, 1), pads)),
+        atol=10 * TOLERANCE,
+        rtol=TOLERANCE,
+    )
+
+
+@pytest.mark.parametrize(
     ("size", "channels", "features", "kernel", "padding"),
     [
         ((8, 8), 1, 32, (5, 5), "SAME"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import io
 import json
 import re
@@ -147,6 +148,20 @@ def test_the_record_repeats_the_run(done, config):
     assert record["command"].startswith("python -m experiments.run --algorithm=fedavg")
     assert record["environment"]["jax"] == jax.__version__
     assert record["environment"]["devices"] == len(jax.devices())
+
+
+def test_a_checkout_that_is_not_installed_is_recorded(monkeypatch, config):
+    installed = importlib.metadata.version
+
+    def version(package):
+        if package == "fedgen":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    recorded = experiment.environment(build.build(config))
+    assert recorded["fedgen"] == "not installed"
+    assert recorded["jax"] == jax.__version__
 
 
 def test_the_report_needs_nothing_beside_it(done):

@@ -60,7 +60,7 @@ def forward(
     x: jax.Array,
     convolution: Callable[..., jax.Array] = convolve,
 ) -> jax.Array:
-    """Compute logits, `[b, h, w, c] -> [b, classes]`."""
+    """Compute logits, `[b, h, w, c] -> [b, classes]`; `vae`, of a sample's entries."""
 
     def conv(x, at, stride=1, padding="SAME", bias=True):
         y = convolution(x, params[f"{at}/kernel"], stride, padding)
@@ -69,9 +69,13 @@ def forward(
     def dense(x, at):
         return x @ params[f"{at}/kernel"] + params[f"{at}/bias"].reshape(1, -1)
 
-    def hidden(x, activation=jax.nn.relu):
-        return activation(dense(x.reshape(x.shape[0], -1), "body/Dense_0"))
+    def hidden(x, activation=jax.nn.relu, at="body/Dense_0"):
+        return activation(dense(x.reshape(x.shape[0], -1), at))
 
+    if model == "vae":  # The mean of the code is decoded.
+        code = dense(hidden(x, at="encoder/Dense_0"), "encoder/Dense_1")
+        mean = code[:, : code.shape[1] // 2]
+        return dense(hidden(mean, at="decoder/Dense_0"), "decoder/Dense_1")
     if model == "mlp":
         z = hidden(x)
     elif model == "cnn":
