@@ -228,9 +228,12 @@ def run_once(
 
 
 def _reason(said: list[str]) -> str:
-    """Pick the first line of a log that names an error, or else the last one."""
-    # Launchers end with an error of their own, and with bars below it.
-    named = re.compile(r"(\w+\.)*\w*(Error|Exception)\b")
+    """Pick the first line of a log that begins with an error, or else the last one.
+
+    That may be one that was handled; but launchers end with an error of their own.
+    """
+    prefix = r"(\[\w+\]: |\([^)]*pid=[^)]*\) )?"  # of torch.distributed, of Ray
+    named = re.compile(prefix + r"(\w+\.)*\w*(Error|Exception)\b")
     return next(filter(named.match, said), "".join(said[-1:]))
 
 

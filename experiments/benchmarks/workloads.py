@@ -43,6 +43,8 @@ SEED = 0
 class Workload(NamedTuple):
     """A federation, a model and a schedule; SGD, and FedAvg with equal weights.
 
+    The model `vae` is trained by Adam, at a rate of its own.
+
     Attributes:
       dataset: Name of the data set; a seventh of it is kept for the test.
       model: Name of the model.
@@ -75,7 +77,9 @@ WORKLOADS = {
     # At 0.05 rounding alone separates two runs by 1 % of their way within two rounds.
     "W5": Workload(_CIFAR, "pfl_cnn", 1000, 5, 10, 50, 50, learning_rate=0.01),
 }
+# The defaults of `fedgmi`.
 _VAE = {"density": "x", "likelihood": "bernoulli", "hidden": 128, "latent": 16}
+_VAE_LEARNING_RATE = 2e-3
 
 
 class PflBody(nn.Module):
@@ -183,7 +187,8 @@ def assemble(
 
 
 def _train_vae(density: Any, schedule: Schedule) -> Callable[..., Any]:
-    """Return what a client does in FedGMI's first rounds, with as many steps."""
+    """Return how a client of FedGMI trains the VAE, for the steps of a schedule."""
+    optimizer = optax.adam(_VAE_LEARNING_RATE)
 
     def local(context, key, client, params, data):
         del context
@@ -191,7 +196,7 @@ def _train_vae(density: Any, schedule: Schedule) -> Callable[..., Any]:
         def loss(params, batch, key):
             return -fit.masked_mean(density.bound(params, key, batch.x), batch.mask)
 
-        new, metrics = fit.fit(loss, optax.adam(2e-3), params, key, data, schedule)
+        new, metrics = fit.fit(loss, optimizer, params, key, data, schedule)
         delta = jax.tree.map(jnp.subtract, new, params)
         return client, Mean(delta, data.size), metrics
 

@@ -38,6 +38,7 @@ from fedgen.models.padding import (
     Padding,
     Pads,
     check_size,
+    kept,
     output_size,
     pad,
     to_pads,
@@ -113,6 +114,11 @@ def _correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     XLA:CPU does by plain loops. Turned as they are here, they are a correlation like
     the first one and a product.
     """
+    # With few channels XLA:CPU reads beside images whose low pad is negative, where the
+    # high one adds no more (openxla/xla#48713). So what is cut off goes first.
+    (top, bottom), (left, right) = kept(x.shape[1:3], pads)
+    x = x[:, top:bottom, left:right]
+    pads = [(max(low, 0), max(high, 0)) for low, high in pads]
     channels, features = kernel.shape[2:]
     if max(channels, features) <= _SMALL and 2 * features > _SMALL:
         # XLA leaves so few to a slower library, so zeros make either side one more. For
@@ -120,11 +126,6 @@ def _correlate(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
         more, wider = (1, 0) if channels == _SMALL else (0, _SMALL + 1 - features)
         x = jnp.pad(x, (*((0, 0),) * 3, (0, more)))
         kernel = jnp.pad(kernel, (*((0, 0),) * 2, (0, more), (0, wider)))
-
-    # XLA:CPU errs where it cuts off rows and adds fewer at the other end (openxla/xla
-    # 48713), so what is cut off goes first.
-    x = pad(x, [(min(low, 0), min(high, 0)) for low, high in pads])
-    pads = [(max(low, 0), max(high, 0)) for low, high in pads]
 
     # Kernels of several clients would become groups, which are slow everywhere.
     @jax.custom_batching.sequential_vmap

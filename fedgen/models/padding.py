@@ -29,12 +29,25 @@ def check_size(
     window: Sequence[int],
     pads: Pads = ((0, 0),) * 2,
 ) -> None:
-    """Raise a `ValueError` if a window does not fit into images."""
+    """Raise a `ValueError` if a window does not fit into images, or nothing is left."""
+    if any(start > stop for start, stop in kept(size, pads)):
+        raise ValueError(
+            f"{what} must not cut off more rows or columns than there are, got pads "
+            f"{[tuple(p) for p in pads]} for {size[0]}x{size[1]}"
+        )
     if any(n + sum(p) < k for n, k, p in zip(size, window, pads, strict=True)):
         raise ValueError(
             f"{what} needs an input of at least its window "
             f"{window[0]}x{window[1]}, padding included, got {size[0]}x{size[1]}"
         )
+
+
+def kept(size: Sequence[int], pads: Pads) -> list[tuple[int, int]]:
+    """Say from where to where negative pads leave the rows and columns of images."""
+    return [
+        (max(-low, 0), n - max(-high, 0))
+        for n, (low, high) in zip(size, pads, strict=True)
+    ]
 
 
 def pad(x: jax.Array, pads: Pads) -> jax.Array:

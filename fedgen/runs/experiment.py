@@ -213,7 +213,7 @@ def environment(setup: build.Setup) -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
-    """Say which version of a package is installed; a checkout in the path is not."""
+    """Name the installed version; a checkout that is only in the path has none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

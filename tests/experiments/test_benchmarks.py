@@ -231,6 +231,8 @@ def test_arithmetic_is_counted_as_by_hand():
     convolutions = 2 * 28 * 28 * 25 * 32 + 3 * 14 * 14 * 25 * 32 * 64
     dense = 3 * (3136 * 512 + 512 * 10)
     assert step_flops("cnn") == 2 * 32 * (convolutions + dense)
+    vae = 2 * 784 * 128 + 3 * (128 * 32 + 16 * 128 + 128 * 784)
+    assert step_flops("vae") == 2 * 32 * vae
 
 
 def test_the_arithmetic_of_a_round_is_that_of_its_participants(problem):
@@ -336,7 +338,7 @@ def test_every_rival_has_an_adapter_and_a_known_environment():
         assert not rival.venv or rival.venv in processes.VENVS
 
 
-def test_a_failing_process_is_told_with_its_last_words(tmp_path):
+def test_a_failing_process_is_told_with_its_error(tmp_path):
     run = processes.run_once(
         processes.RIVALS["jax"], sys.executable, tmp_path / "none.npz", timeout=100
     )
@@ -346,6 +348,8 @@ def test_a_failing_process_is_told_with_its_last_words(tmp_path):
 def test_of_a_log_the_first_error_is_told():
     said = ["Traceback (most recent call last):", "pfl.Error: no", "ChildFailedError:"]
     assert processes._reason([*said, "exitcode : 1"]) == "pfl.Error: no"
+    for line in ("[rank0]: ValueError: no", "(Actor pid=7, ip=0) TypeError: no"):
+        assert processes._reason(["(no error)", line, *said]) == line
     assert processes._reason(["one", "Errors are told"]) == "Errors are told"
     assert processes._reason([]) == ""
 
@@ -440,6 +444,10 @@ def test_the_engine_is_timed_with_its_own_chunk_and_others(monkeypatch, capsys):
         ("mlp", 4, "round", 1, True),
         ("mlp", 4, "evaluation", 1, True),
     ]
+
+    vae = TINY._replace(model="vae")
+    (row,) = engine.measure(vae, workloads.load(vae, None, 2), [1], 1, evaluation=False)
+    assert row[:5] == ("vae", 4, "round", 1, True)
 
     def full():
         raise jax.errors.JaxRuntimeError(f"{reason}: 7 bytes")

@@ -60,7 +60,7 @@ def forward(
     x: jax.Array,
     convolution: Callable[..., jax.Array] = convolve,
 ) -> jax.Array:
-    """Compute logits, `[b, h, w, c] -> [b, classes]`; `vae`, of a sample's entries."""
+    """Compute logits of classes, or for `vae` of pixels, `[b, h, w, c] -> [b, out]`."""
 
     def conv(x, at, stride=1, padding="SAME", bias=True):
         y = convolution(x, params[f"{at}/kernel"], stride, padding)
