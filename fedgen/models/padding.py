@@ -29,7 +29,7 @@ def check_size(
     window: Sequence[int],
     pads: Pads = ((0, 0),) * 2,
 ) -> None:
-    """Raise a `ValueError` if a window does not fit into images, or nothing is left."""
+    """Raise a `ValueError` if a window does not fit, or pads cut off too much."""
     if any(start > stop for start, stop in kept(size, pads)):
         raise ValueError(
             f"{what} must not cut off more rows or columns than there are, got pads "
