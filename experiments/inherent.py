@@ -2,8 +2,10 @@
 
 Takes the folders of finished runs of `fedgmi` with --partition=mixture, those of
 experiments.run or experiments.compare. Prints one line a run (TV is the total variation
-between estimated and true proportions, mean over clients), and writes into each folder
-inherent.json, proportions.png and, of images, components.png.
+between estimated and true proportions, mean over clients; the gate is how many test
+samples in 100 go to their true component, and beside it is what the accuracy in % would
+be if all did), and writes into each folder inherent.json, proportions.png and, of
+images, components.png.
 """
 
 from __future__ import annotations
@@ -68,13 +70,19 @@ def check(folder: str) -> None:
         )
 
 
+def owned(federation: Federation, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Collect the pool rows `[s]` of all clients, and whose they are, `[s]`."""
+    (cohort,) = federation.cohorts
+    start, size = map(np.asarray, getattr(cohort, part))
+    order = np.asarray(cohort.order)
+    runs = zip(start, size, strict=True)
+    index = np.concatenate([order[start : start + size] for start, size in runs])
+    return index, np.repeat(np.arange(len(size)), size)
+
+
 def held(federation: Federation, part: str) -> np.ndarray:
     """Collect up to `_ROWS` samples `[s, ...]` of all clients, as models see them."""
-    (cohort,) = federation.cohorts
-    rows = getattr(cohort, part)
-    order = np.asarray(cohort.order)
-    runs = zip(np.asarray(rows.start), np.asarray(rows.size), strict=True)
-    index = np.concatenate([order[start : start + size] for start, size in runs])
+    index, _ = owned(federation, part)
     index = np.random.default_rng(0).permutation(index)[:_ROWS]
     return np.asarray(federation_lib.normalise(federation.pool.x[index]))
 
@@ -88,14 +96,14 @@ def look(folder: str, count: int) -> dict[str, Any]:
     estimate = jax.jit(fedgmi_estimates.make_proportions(algorithm, setup.execution))
     domains = int(setup.domain.max()) + 1
     known = max(k, domains)  # more may have been found than there are, or fewer
+    federations = [f for f in (setup.federation, setup.newcomers) if f is not None]
+    fitted = [np.asarray(estimate(state, each, key)) for each in federations]
     pairs = []
-    for federation in (setup.federation, setup.newcomers):
-        if federation is not None:
-            found = np.asarray(estimate(state, federation, key))
-            real = np.asarray(federation.cohorts[0].train.size) > 0
-            found = np.pad(found, ((0, 0), (0, known - k)))[real]
-            truth = fedgmi_estimates.true_proportions(setup.domain, federation, known)
-            pairs.append((truth[real], found))
+    for federation, found in zip(federations, fitted, strict=True):
+        real = np.asarray(federation.cohorts[0].train.size) > 0
+        found = np.pad(found, ((0, 0), (0, known - k)))[real]
+        truth = fedgmi_estimates.true_proportions(setup.domain, federation, known)
+        pairs.append((truth[real], found))
     # Newcomers are scored by the order that fits those who trained.
     truth, found = pairs[0]
     order = np.asarray(
@@ -122,6 +130,18 @@ def look(folder: str, count: int) -> dict[str, Any]:
         return kind.marginal(components, key, jnp.asarray(x), num_samples)
 
     report = generators.density_report(log_density, generated, train, test)
+    gate = correct = None
+    if k >= domains:
+        index, owner = owned(setup.federation, "test")
+        component, pool = order[setup.domain[index]], setup.federation.pool
+        x = federation_lib.normalise(pool.x[index])
+
+        @jax.jit
+        def share(*samples):
+            model = setup.federation.cohorts[0].model
+            return fedgmi_estimates.gate(kind, model, components, num_samples, *samples)
+
+        gate, correct = map(float, share(fitted[0][owner], component, x, pool.y[index]))
     if len(shape) == 3 and shape[2] in (1, 3):
         plots.samples(
             np.asarray(generated[:, :8]),
@@ -135,6 +155,8 @@ def look(folder: str, count: int) -> dict[str, Any]:
         "total_variation": float(np.mean(error[0])),
         "total_variation_uniform": float(np.mean(uniform)),
         "total_variation_new": float(np.mean(error[1])) if error[1:] else None,
+        "gate": gate,
+        "accuracy_true_gate": correct,
         "density": report.summary(),
     }
     workdir.write_json(path / "inherent.json", measured)
@@ -192,18 +214,23 @@ def main(argv: Sequence[str]) -> None:
                 sys.stdout.write(f"| {folder} | {first:.4f} | {last:.4f} |\n")
             return
         sys.stdout.write(
-            "| run | k | TV | TV of a uniform guess | TV of new clients |\n"
+            "| run | k | TV | TV of a uniform guess | TV of new clients | gate "
+            "| true gate |\n"
         )
-        sys.stdout.write("|---|---:|---:|---:|---:|\n")
+        sys.stdout.write("|---|---:|---:|---:|---:|---:|---:|\n")
         for folder in RUNS.value:
             found = look(folder, SAMPLES.value)
             new = found["total_variation_new"]
-            sys.stdout.write(
-                f"| {folder} | {found['num_components']} | "
-                f"{found['total_variation']:.4f} | "
-                f"{found['total_variation_uniform']:.4f} | "
-                f"{'' if new is None else f'{new:.4f}'} |\n"
-            )
+            gate = [found[name] for name in ("gate", "accuracy_true_gate")]
+            cells = [
+                folder,
+                str(found["num_components"]),
+                f"{found['total_variation']:.4f}",
+                f"{found['total_variation_uniform']:.4f}",
+                "" if new is None else f"{new:.4f}",
+                *("" if a is None else f"{100 * a:.1f}" for a in gate),
+            ]
+            sys.stdout.write(f"| {' | '.join(cells)} |\n")
 
     run.guard(argv, work, alone=True)
 

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedgen.aggregators import mixture
+from fedgen.algorithms import _components
 from fedgen.algorithms._vae_mixture import Components, Density
 from fedgen.core import execution as execution_lib
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.execution import Execution
-from fedgen.core.federation import Data, Federation
+from fedgen.core.federation import Data, Federation, Model
+
+_BATCH = 500  # samples that are looked at together
 
 
 def make_proportions(
@@ -75,6 +78,46 @@ def true_proportions(
     held = (domain[order[s : s + t]] for s, t in zip(start, size, strict=True))
     count = np.stack([np.bincount(rows, minlength=num_components) for rows in held])
     return count / np.maximum(size, 1)[:, None]
+
+
+def gate(
+    kind: Density,
+    model: Model,
+    components: Components,
+    num_samples: int,
+    proportions: jax.Array,
+    component: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Tell mistakes of the gate from those of the classifiers behind it.
+
+    Args:
+      kind: How components give densities.
+      model: The classifiers' architecture.
+      components: Of the server.
+      num_samples: Importance samples of the densities.
+      proportions: `[s, k]` pi of the client that holds the sample.
+      component: `[s]` the true one of every sample.
+      x: `[s, ...]`.
+      y: `[s]`.
+
+    Returns:
+      Shares of the samples: of those whose likeliest component is the true one, and
+      of those that the true component's classifier gets right, both [] in [0, 1].
+    """
+
+    def of_one(sample):
+        pi, component, x, y = sample
+        log_density = kind.marginal(components, jax.random.key(0), x[None], num_samples)
+        found = jnp.argmax(_components.log_shares(pi) + log_density[0])
+        logits = jax.vmap(lambda params: model.apply(params, x[None])[0])
+        label = jnp.argmax(logits(components.classifiers)[component])
+        return found == component, label == y
+
+    samples = proportions, component, x, y
+    found, hits = jax.lax.map(of_one, samples, batch_size=_BATCH)
+    return jnp.mean(found), jnp.mean(hits)
 
 
 def generate(

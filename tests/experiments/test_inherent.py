@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
 
 from experiments import inherent
+from fedgen import algorithms
+from fedgen.algorithms import fedgmi_estimates
+from fedgen.algorithms.fedgmi import density_of
 from fedgen.core import federation as federation_lib
 from fedgen.runs import build, experiment
 from fedgen.runs.config import Config
@@ -44,6 +49,12 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def found(folder):
+    inherent.check(str(folder))
+    return inherent.look(str(folder), 6)
+
+
 def test_a_finished_run_is_read_back(folder):
     config, setup, algorithm, state = experiment.load(folder)
     assert config == CONFIG
@@ -57,9 +68,7 @@ def test_a_finished_run_is_read_back(folder):
     assert classes[0] == {0, 1, 2, 3, 4} and classes[1] == {5, 6, 7, 8, 9}
 
 
-def test_what_was_found_is_measured_and_drawn(folder):
-    inherent.check(str(folder))
-    found = inherent.look(str(folder), 6)
+def test_what_was_found_is_measured_and_drawn(folder, found):
     assert found == json.loads((folder / "inherent.json").read_text())
     assert found["num_components"] == 2
     assert 0 <= found["total_variation"] <= 1
@@ -78,6 +87,38 @@ def test_what_was_found_is_measured_and_drawn(folder):
     assert len(found["density"]["log_density"]) == 2
     for name in ("proportions.png", "components.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_gate_is_told_from_the_classifiers_behind_it(folder, found):
+    _, setup, algorithm, state = experiment.load(folder)
+    federation, components = setup.federation, state.server.shared.components
+    (cohort,) = federation.cohorts
+    settings = algorithms.settings("fedgmi", CONFIG.hyperparameters)
+    kind = density_of((28, 28, 1), 10, settings)
+    estimate = jax.jit(fedgmi_estimates.make_proportions(algorithm, setup.execution))
+    pi = np.asarray(estimate(state, federation, jax.random.key(CONFIG.seed)))
+
+    @jax.jit
+    def score(x):
+        apply = jax.vmap(cohort.model.apply, (0, None))
+        label = jnp.argmax(apply(components.classifiers, x), axis=2)[:, 0]
+        return kind.marginal(components, jax.random.key(0), x, 2)[0], label
+
+    # Of the two orders of two components, the one that fits proportions better.
+    truth = fedgmi_estimates.true_proportions(setup.domain, federation, 2)
+    swap = np.abs(pi[:, ::-1] - truth).sum() < np.abs(pi - truth).sum()
+    right = []
+    for own, start, size in zip(pi, *cohort.test, strict=True):
+        for row in cohort.order[int(start) : int(start + size)]:
+            x = federation_lib.normalise(federation.pool.x[row])[None]
+            log_density, label = score(x)
+            true = int(setup.domain[row]) ^ int(swap)
+            likeliest = np.argmax(np.log(own) + log_density)
+            right.append((likeliest == true, label[true] == federation.pool.y[row]))
+    gate, accuracy = np.mean(right, axis=0)
+    assert 0 < gate < 1 and 0 < accuracy < 1
+    np.testing.assert_allclose(found["gate"], gate, rtol=1e-6)
+    np.testing.assert_allclose(found["accuracy_true_gate"], accuracy, rtol=1e-6)
 
 
 def test_densities_are_of_samples_as_models_see_them(folder):
