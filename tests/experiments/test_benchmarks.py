@@ -30,6 +30,8 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks.adapters import jax_nets
 from experiments.benchmarks.workloads import Workload
+from fedgen.core import rounds
+from fedgen.core.execution import Execution
 
 
 @flagsaver.flagsaver
@@ -435,6 +437,20 @@ def test_the_guard_checks_out_what_git_knows():
         guard.checkout("no-such"),
     ):
         pass
+
+
+def test_vaes_are_trained_by_adam():
+    one_step = TINY._replace(model="vae", steps=1, participants=1)
+    problem = workloads.load(one_step, None)
+    federation, layout = problem.federation, Execution(1)
+    round_fn = rounds.make_round(problem.algorithm, problem.sampler, layout)
+    state = rounds.init_state(problem.algorithm, federation, problem.init_key, layout)
+    new, _ = jax.jit(round_fn)(state, federation, problem.round_key)
+    # The first step of Adam moves every weight by the rate, whatever its gradient.
+    for old, moved in zip(
+        *map(jax.tree.leaves, (state.server, new.server)), strict=True
+    ):
+        np.testing.assert_allclose(jnp.max(jnp.abs(moved - old)), 2e-3, rtol=1e-3)
 
 
 def test_the_engine_is_timed_with_its_own_chunk_and_others(monkeypatch, capsys):
