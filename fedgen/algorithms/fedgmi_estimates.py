@@ -14,9 +14,9 @@ from fedgen.algorithms._vae_mixture import Components, Density
 from fedgen.core import execution as execution_lib
 from fedgen.core.algorithm import Algorithm, State
 from fedgen.core.execution import Execution
-from fedgen.core.federation import Data, Federation, Model
+from fedgen.core.federation import Data, Federation, Model, Pool, normalise
 
-_BATCH = 500  # samples that are looked at together
+_BATCH = 100  # samples that are scored at once
 
 
 def make_proportions(
@@ -80,44 +80,44 @@ def true_proportions(
     return count / np.maximum(size, 1)[:, None]
 
 
-def gate(
+def score_gate(
     kind: Density,
     model: Model,
-    components: Components,
     num_samples: int,
+    components: Components,
+    pool: Pool,
+    row: jax.Array,
     proportions: jax.Array,
     component: jax.Array,
-    x: jax.Array,
-    y: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tell mistakes of the gate from those of the classifiers behind it.
+    """Score the posterior gate, and the classifiers as if it never were wrong.
 
     Args:
       kind: How components give densities.
       model: The classifiers' architecture.
-      components: Of the server.
       num_samples: Importance samples of the densities.
+      components: Of the server.
+      pool: All samples.
+      row: `[s]` which of them.
       proportions: `[s, k]` pi of the client that holds the sample.
       component: `[s]` the true one of every sample.
-      x: `[s, ...]`.
-      y: `[s]`.
 
     Returns:
-      Shares of the samples: of those whose likeliest component is the true one, and
-      of those that the true component's classifier gets right, both [] in [0, 1].
+      `[s]` bool, whether the likeliest component is the true one, and `[s]` bool,
+      whether the classifier of the true one is right.
     """
+    noise = jax.random.key(0)
 
     def of_one(sample):
-        pi, component, x, y = sample
-        log_density = kind.marginal(components, jax.random.key(0), x[None], num_samples)
-        found = jnp.argmax(_components.log_shares(pi) + log_density[0])
-        logits = jax.vmap(lambda params: model.apply(params, x[None])[0])
-        label = jnp.argmax(logits(components.classifiers)[component])
-        return found == component, label == y
+        row, pi, true = sample
+        x, key = normalise(pool.x[row])[None], jax.random.fold_in(noise, row)
+        log_density = kind.marginal(components, key, x, num_samples)[0]
+        likeliest = jnp.argmax(_components.log_shares(pi) + log_density)
+        logits = jax.vmap(lambda params: model.apply(params, x)[0])
+        label = jnp.argmax(logits(components.classifiers)[true])
+        return likeliest == true, label == pool.y[row]
 
-    samples = proportions, component, x, y
-    found, hits = jax.lax.map(of_one, samples, batch_size=_BATCH)
-    return jnp.mean(found), jnp.mean(hits)
+    return jax.lax.map(of_one, (row, proportions, component), batch_size=_BATCH)
 
 
 def generate(

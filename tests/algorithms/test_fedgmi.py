@@ -663,6 +663,30 @@ def test_gates_by_hand(by_hand):
         )
 
 
+def test_a_gate_is_scored_apart_from_classifiers(by_hand):
+    model, k, rng = by_hand[0].cohorts[0].model, 3, np.random.default_rng(0)
+    mean, head = np.array([0.0, 2.0, -2.0]), np.array([1.0, -1.0, 2.0])
+    components = Components(
+        {"mean": jnp.asarray(mean)[:, None], "log_variance": jnp.zeros(k)},
+        {"body": jnp.ones(k), "head": jnp.asarray(head)},
+        (),
+    )
+    x, y = rng.normal(size=300) * 2, rng.integers(0, 2, 300)
+    pool = Pool(jnp.asarray(x, jnp.float32)[:, None], jnp.asarray(y))
+    # More than are scored at once, and not a multiple of that.
+    row, true = rng.permutation(300)[:130], rng.integers(0, k, 130)
+    pi = rng.dirichlet(np.ones(k), 130)
+    pi[:, 2] = np.where(rng.random(130) < 0.2, 0, pi[:, 2])
+    found, correct = fedgmi_estimates.score_gate(
+        Density(normal(1), "normal", "x"),
+        *(model, 2, components, pool, row, jnp.asarray(pi, jnp.float32), true),
+    )
+    log_density = -((x[row, None] - mean) ** 2) / 2
+    posterior = np.log(np.maximum(pi, 1e-12)) + log_density
+    np.testing.assert_array_equal(found, posterior.argmax(axis=1) == true)
+    np.testing.assert_array_equal(correct, (head[true] * x[row] > 0) == y[row])
+
+
 # Two obvious domains, with real VAEs.
 
 

@@ -446,7 +446,7 @@ def test_vaes_are_trained_by_adam():
     round_fn = rounds.make_round(problem.algorithm, problem.sampler, layout)
     state = rounds.init_state(problem.algorithm, federation, problem.init_key, layout)
     new, _ = jax.jit(round_fn)(state, federation, problem.round_key)
-    # The first step of Adam moves every weight by the rate, whatever its gradient.
+    # The first step of Adam moves a weight by the rate, whatever its gradient but 0.
     for old, moved in zip(
         *map(jax.tree.leaves, (state.server, new.server)), strict=True
     ):

@@ -99,26 +99,60 @@ def test_the_gate_is_told_from_the_classifiers_behind_it(folder, found):
     pi = np.asarray(estimate(state, federation, jax.random.key(CONFIG.seed)))
 
     @jax.jit
-    def score(x):
+    def score(row):
+        x = federation_lib.normalise(federation.pool.x[row])[None]
+        key = jax.random.fold_in(jax.random.key(0), row)
         apply = jax.vmap(cohort.model.apply, (0, None))
         label = jnp.argmax(apply(components.classifiers, x), axis=2)[:, 0]
-        return kind.marginal(components, jax.random.key(0), x, 2)[0], label
+        return kind.marginal(components, key, x, 2)[0], label
 
     # Of the two orders of two components, the one that fits proportions better.
     truth = fedgmi_estimates.true_proportions(setup.domain, federation, 2)
     swap = np.abs(pi[:, ::-1] - truth).sum() < np.abs(pi - truth).sum()
-    right = []
+    clients = []
     for own, start, size in zip(pi, *cohort.test, strict=True):
+        right = []
         for row in cohort.order[int(start) : int(start + size)]:
-            x = federation_lib.normalise(federation.pool.x[row])[None]
-            log_density, label = score(x)
+            log_density, label = score(row)
             true = int(setup.domain[row]) ^ int(swap)
-            likeliest = np.argmax(np.log(own) + log_density)
+            likeliest = np.argmax(np.log(np.maximum(own, 1e-12)) + log_density)
             right.append((likeliest == true, label[true] == federation.pool.y[row]))
-    gate, accuracy = np.mean(right, axis=0)
-    assert 0 < gate < 1 and 0 < accuracy < 1
-    np.testing.assert_allclose(found["gate"], gate, rtol=1e-6)
+        clients += [np.mean(right, axis=0)] if right else []
+    gate, accuracy = np.mean(clients, axis=0)
+    np.testing.assert_allclose(found["gate_accuracy"], gate, rtol=1e-6)
     np.testing.assert_allclose(found["accuracy_true_gate"], accuracy, rtol=1e-6)
+
+
+def test_the_gate_does_not_depend_on_the_order_of_components(
+    folder, found, tmp_path, monkeypatch
+):
+    config, setup, algorithm, state = experiment.load(folder)
+    shared = state.server.shared
+    swapped = jax.tree.map(lambda a: a[::-1], shared.components)
+    server = state.server._replace(shared=shared._replace(components=swapped))
+    loaded = config, setup, algorithm, state._replace(server=server)
+    monkeypatch.setattr(experiment, "load", lambda _: loaded)
+    other = inherent.look(str(tmp_path), 6)
+    for name in ("gate_accuracy", "accuracy_true_gate"):
+        np.testing.assert_allclose(other[name], found[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "end"), [((0.75, 0.5), "75.0 | 50.0"), ((None, None), " | ")]
+)
+def test_a_run_has_a_line(tmp_path, scores, end):
+    summary = {"personal_accuracy": {"mean": 0.625}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    measured = {
+        "num_components": 2,
+        "total_variation": 0.1,
+        "total_variation_uniform": 0.2,
+        "total_variation_new": None,
+        "gate_accuracy": scores[0],
+        "accuracy_true_gate": scores[1],
+    }
+    line = inherent.to_line(str(tmp_path), measured)
+    assert line == f"| {tmp_path} | 2 | 0.1000 | 0.2000 |  | 62.5 | {end} |\n"
 
 
 def test_densities_are_of_samples_as_models_see_them(folder):
