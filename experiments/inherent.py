@@ -7,10 +7,10 @@ inherent.json, proportions.png and, of images, components.png.
 
 Are predictions wrong because of the gate, or of the classifiers behind it? Where as
 many components were found as there are distributions, and the gate is "posterior", the
-line ends with the clients' mean accuracy, the share of their test samples whose
-likeliest component is the true one, and the accuracy if every sample were left to the
-classifier of its true one. Components are assigned to distributions so that proportions
-fit best.
+line ends, for clients that trained, with the mean accuracy of those that were scored,
+the share of all test samples whose likeliest component is the true one, and the
+accuracy if every sample were left to the classifier of its true one. Components are
+assigned to distributions so that proportions fit best.
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ def main(argv: Sequence[str]) -> None:
                 sys.stdout.write(f"| {folder} | {first:.4f} | {last:.4f} |\n")
             return
         sys.stdout.write(
-            "| run | k | TV | TV of a uniform guess | TV of new clients | accuracy "
-            "| gate | with a true gate |\n"
+            "| run | k | TV | TV of a uniform guess | TV of new clients "
+            "| accuracy, % | gate, % | with a true gate, % |\n"
         )
         sys.stdout.write("|---|---:|---:|---:|---:|---:|---:|---:|\n")
         for folder in RUNS.value:

@@ -92,6 +92,8 @@ def score_gate(
 ) -> tuple[jax.Array, jax.Array]:
     """Score the posterior gate, and the classifiers as if it never were wrong.
 
+    Every sample has noise of its own, where predictions have that of their batch.
+
     Args:
       kind: How components give densities.
       model: The classifiers' architecture.
