@@ -76,19 +76,9 @@ def check(folder: str) -> None:
         )
 
 
-def owned(federation: Federation, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Collect the pool rows `[s]` of all clients, and whose they are, `[s]`."""
-    (cohort,) = federation.cohorts
-    start, size = map(np.asarray, getattr(cohort, part))
-    order = np.asarray(cohort.order)
-    runs = zip(start, size, strict=True)
-    index = np.concatenate([order[s : s + t] for s, t in runs])
-    return index, np.repeat(np.arange(len(size)), size)
-
-
 def held(federation: Federation, part: str) -> np.ndarray:
     """Collect up to `_ROWS` samples `[s, ...]` of all clients, as models see them."""
-    index, _ = owned(federation, part)
+    index, _ = fedgmi_estimates.owned(federation, part)
     index = np.random.default_rng(0).permutation(index)[:_ROWS]
     return np.asarray(federation_lib.normalise(federation.pool.x[index]))
 
@@ -111,7 +101,7 @@ def score_gate(
       order: `[k]` the component of every distribution.
       num_samples: Importance samples of the densities.
     """
-    index, owner = owned(setup.federation, "test")
+    index, owner = fedgmi_estimates.owned(setup.federation, "test")
     model = setup.federation.cohorts[0].model
     score = functools.partial(fedgmi_estimates.score_gate, kind, model, num_samples)
     component = order[setup.domain[index]]

@@ -71,13 +71,27 @@ def true_proportions(
     Returns:
       `[n, k]`, zeros for a client without samples.
     """
+    row, owner = owned(federation, "train")
+    count = np.zeros((federation.cohorts[0].num_clients, num_components))
+    np.add.at(count, (owner, domain[row]), 1)
+    return count / np.maximum(count.sum(axis=1, keepdims=True), 1)
+
+
+def owned(federation: Federation, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """List what all clients hold.
+
+    Args:
+      federation: One cohort.
+      part: "train", "validation" or "test".
+
+    Returns:
+      `[s]` pool rows, client after client, and `[s]` whose they are, by position.
+    """
     (cohort,) = federation.cohorts
-    order, start, size = map(
-        np.asarray, (cohort.order, cohort.train.start, cohort.train.size)
-    )
-    held = (domain[order[s : s + t]] for s, t in zip(start, size, strict=True))
-    count = np.stack([np.bincount(rows, minlength=num_components) for rows in held])
-    return count / np.maximum(size, 1)[:, None]
+    start, size = map(np.asarray, getattr(cohort, part))
+    order = np.asarray(cohort.order)
+    rows = [order[s : s + t] for s, t in zip(start, size, strict=True)]
+    return np.concatenate(rows), np.repeat(np.arange(len(size)), size)
 
 
 def score_gate(

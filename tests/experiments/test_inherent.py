@@ -137,6 +137,28 @@ def test_the_gate_does_not_depend_on_the_order_of_components(
         np.testing.assert_allclose(other[name], found[name], rtol=1e-6)
 
 
+def test_a_distribution_is_left_to_its_own_component(monkeypatch):
+    setup = build.build(CONFIG)._replace(domain=np.arange(400) % 3)
+    order = np.array([1, 2, 0])  # another permutation than its inverse
+
+    def which(kind, model, num_samples, components, pool, row, proportions, component):
+        return component == 1, component == 2
+
+    monkeypatch.setattr(fedgmi_estimates, "score_gate", which)
+    (cohort,) = setup.federation.cohorts
+    proportions = np.zeros((len(cohort.ids), 3))
+    shares = inherent.score_gate(setup, None, (), proportions, order, 1)
+    tested = [
+        setup.domain[np.asarray(cohort.order)[s : s + t]]
+        for s, t in zip(*map(np.asarray, cohort.test), strict=True)
+        if t
+    ]
+    for domain, share in enumerate(shares):
+        expected = np.mean([np.mean(rows == domain) for rows in tested])
+        np.testing.assert_allclose(share, expected, rtol=1e-6)
+    assert shares[0] != shares[1]
+
+
 @pytest.mark.parametrize(
     ("scores", "end"), [((0.75, 0.5), "75.0 | 50.0"), ((None, None), " | ")]
 )
