@@ -290,9 +290,12 @@ def fedgmi(
         guide, components = shared.guide, shared.components
         by_vaes, k = joint(context, components, 1), _num_components(components)
 
+        def by_guide(key, batch):
+            del key
+            return features(batch) @ guide.kernel + guide.bias[None]
+
         def of_batch(key, batch):
-            by_guide = features(batch) @ guide.kernel + guide.bias[None]
-            return jnp.where(stage.guided, by_guide, by_vaes(key, batch))
+            return jax.lax.cond(stage.guided, by_guide, by_vaes, key, batch)
 
         read = data._replace(size=data.size * ~stage.shared)
         table = tabulate(of_batch, components, key, read)

@@ -403,6 +403,7 @@ def test_decoder_densities():
     expected = (x * np.log(p) + (1 - x) * np.log1p(-p)).sum(-1)
     close(mixture.bernoulli_log_prob(x, logits), expected)
     assert np.isfinite(mixture.bernoulli_log_prob(np.ones([2]), np.array([-1e4, 1e4])))
+    check_grads(mixture.bernoulli_log_prob, (x[0], np.array([0.0, -0.02, 9, -9])), 1)
     for a in (-30.0, -0.0201, -0.0199, 1e-9, 0.0, 0.3, 8.0):
 
         def density(x, a=a):
