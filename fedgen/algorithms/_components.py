@@ -18,9 +18,11 @@ from fedgen.core.fit import Schedule
 # A share that rounded to 0 would stay there, whatever its component becomes.
 _SMALLEST_SHARE = 1e-12
 
-# From proportions `[k]`, or `[j, k]` of pairs, and a batch to `[b, k]`, or `[b, j, k]`;
-# masked rows are 0.
-EStep = Callable[[jax.Array, Batch], jax.Array]
+# From proportions `[k]`, or `[j, k]` of pairs, log densities and a mask to `[b, k]`, or
+# `[b, j, k]`; masked rows are 0.
+EStep = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+_TABLE_ROWS = 4096
 
 
 def init(model: Model, key: jax.Array, num_components: int) -> Params:
@@ -52,22 +54,57 @@ def responsibilities(
 
 
 def fit_proportions(
-    e_step: EStep, proportions: jax.Array, data: Data, batch_size: int, steps: int
+    density: Callable[[Batch], jax.Array],
+    e_step: EStep,
+    proportions: jax.Array,
+    data: Data,
+    batch_size: int,
+    steps: int,
 ) -> jax.Array:
     """Alternate E-steps and `pi_k = mean_s q_sk`, the components being frozen.
 
     The likelihood is concave in the proportions and never falls. Without
     samples they stay as they are.
+
+    Densities do not change meanwhile. Those of a client of up to 4,096 samples are
+    kept in a table; with more, they are computed anew in every step.
+
+    Args:
+      density: From a batch to log densities `[b, k]`, or `[b, j, k]` of pairs.
+      e_step: From proportions, such densities and a mask `[b]` to responsibilities.
+      proportions: To start from, `[k]` or `[j, k]`.
+      data: The client's samples.
+      batch_size: Samples `b` that are read at once.
+      steps: Number of E-steps, at least 0.
     """
+    slot = jnp.arange(batch_size)
+    num_rows = min(_TABLE_ROWS, data.order.shape[0])
+    few = data._replace(size=jnp.where(data.size <= num_rows, data.size, 0))
+    many = data._replace(size=data.size - few.size)
+    table = fit.tabulate(lambda _, batch: density(batch), few, batch_size, num_rows)
 
-    def improve(_, proportions):
-        def add(total, batch):
-            return total + jnp.sum(e_step(proportions, batch), axis=0)
+    def look_up(i):
+        return jax.lax.dynamic_slice_in_dim(table, i * batch_size, batch_size)
 
-        total = fit.fold(add, jnp.zeros_like(proportions), data, batch_size)
-        return mean_share(total, proportions, data)
+    def compute(i):
+        position = i * batch_size + slot
+        return density(many.take(position, position < many.size))
 
-    return jax.lax.fori_loop(0, steps, improve, proportions)
+    def refine(proportions, data, rows):
+        def improve(_, proportions):
+            def add(i, total):
+                mask = (i * batch_size + slot < data.size).astype(jnp.float32)
+                return total + jnp.sum(e_step(proportions, rows(i), mask), axis=0)
+
+            batches = (data.size + batch_size - 1) // batch_size
+            total = jnp.zeros_like(proportions)
+            total = jax.lax.fori_loop(0, batches, add, total)
+            return mean_share(total, proportions, data)
+
+        return jax.lax.fori_loop(0, steps, improve, proportions)
+
+    # One of the two has no samples, and leaves the proportions as they are.
+    return refine(refine(proportions, few, look_up), many, compute)
 
 
 def mean_share(total: jax.Array, old: jax.Array, data: Data) -> jax.Array:

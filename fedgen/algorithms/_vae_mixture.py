@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -139,7 +138,7 @@ def _log_labels(labels: jax.Array) -> jax.Array:
     return jnp.log((1 - _RARE) * labels + _RARE / labels.shape[-1])
 
 
-# The E-step's table, and the M-step by resampling.
+# The samples of the E-step, and the M-step by resampling.
 
 
 def subset(key: jax.Array, data: Data, limit: int) -> Data:
@@ -156,31 +155,6 @@ def subset(key: jax.Array, data: Data, limit: int) -> Data:
         start=jnp.zeros_like(data.start),
         size=jnp.minimum(data.size, limit),
     )
-
-
-def tabulate(
-    of_batch: Callable[[jax.Array, Batch], jax.Array],
-    num_components: int,
-    key: jax.Array,
-    data: Data,
-    batch_size: int,
-) -> jax.Array:
-    """Compute `of_batch(key, batch) -> [b, k]` for all samples of a `subset`.
-
-    Returns:
-      `[s, k]` in the order of `data.order [s]`; rows from `data.size` on mean nothing.
-    """
-    num_rows = data.order.shape[0]
-    padded = -(-num_rows // batch_size) * batch_size
-
-    def add(carry, batch):
-        i, table = carry
-        rows = of_batch(jax.random.fold_in(key, i), batch)
-        at = i * batch_size, jnp.int32(0)
-        return i + 1, jax.lax.dynamic_update_slice(table, rows, at)
-
-    start = jnp.int32(0), jnp.zeros((padded, num_components))
-    return fit.fold(add, start, data, batch_size)[1][:num_rows]
 
 
 def resample(key: jax.Array, data: Data, responsibility: jax.Array) -> Data:

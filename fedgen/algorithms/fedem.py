@@ -73,21 +73,25 @@ def fedem(
         components = _components.init(model, key, num_components)
         return components, (tree.broadcast(uniform, federation.cohorts[0].num_clients),)
 
-    def e_step(context, components):
-        """Return `(proportions, batch) -> q [b, k]` under these components."""
+    def density(context, components):
+        """Return `batch -> log p_k(y | x) [b, k]` under these components."""
+        return lambda batch: -_components.losses(context.model, components, batch)
 
-        def of_batch(proportions, batch):
-            log_density = -_components.losses(context.model, components, batch)
-            if counting == "hard":
-                best = jnp.argmax(log_density, axis=1)
-                return batch.mask[:, None] * jax.nn.one_hot(best, num_components)
-            return _components.responsibilities(log_density, proportions, batch.mask)
-
-        return of_batch
+    def e_step(proportions, log_density, mask):
+        """Compute `q [b, k]`."""
+        if counting == "hard":
+            best = jnp.argmax(log_density, axis=1)
+            return mask[:, None] * jax.nn.one_hot(best, num_components)
+        return _components.responsibilities(log_density, proportions, mask)
 
     def refresh(context, components, proportions, data, steps):
         return _components.fit_proportions(
-            e_step(context, components), proportions, data, schedule.batch_size, steps
+            density(context, components),
+            e_step,
+            proportions,
+            data,
+            schedule.batch_size,
+            steps,
         )
 
     def download(context, server, id_):
@@ -96,7 +100,7 @@ def fedem(
 
     def local(context, key, proportions, components, data):
         updated = refresh(context, components, proportions, data, 1)
-        q = e_step(context, components)
+        log_density = density(context, components)
         delta, metrics = _components.fit_weighted(
             context,
             optimizer,
@@ -104,7 +108,7 @@ def fedem(
             key,
             data,
             schedule,
-            lambda batch: q(proportions, batch),
+            lambda batch: e_step(proportions, log_density(batch), batch.mask),
         )
         share = updated if weighting == "mass" else jnp.ones_like(updated)
         return updated, _components.to_message(delta, data.size * share), metrics

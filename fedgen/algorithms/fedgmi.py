@@ -275,10 +275,14 @@ def fedgmi(
 
         return of_batch
 
-    def tabulate(of_batch, components, key, data):
+    def tabulate(of_batch, key, data):
         """Compute log densities `[s, k]` of a subset."""
-        k = _num_components(components)
-        return _vae_mixture.tabulate(of_batch, k, key, data, schedule.batch_size)
+
+        def rows(i, batch):
+            return of_batch(jax.random.fold_in(key, i), batch)
+
+        table = fit.tabulate(rows, data, schedule.batch_size, max_samples)
+        return table[:max_samples]
 
     def fit_proportions(table, mask):
         return mixture.fit_proportions(
@@ -298,7 +302,7 @@ def fedgmi(
             return jax.lax.cond(stage.guided, by_guide, by_vaes, key, batch)
 
         read = data._replace(size=data.size * ~stage.shared)
-        table = tabulate(of_batch, components, key, read)
+        table = tabulate(of_batch, key, read)
         mask = jnp.arange(max_samples) < data.size
         # Where `mixture` turns nonsense into a bound, here a client has to fail.
         sound = jnp.all((jnp.abs(table) < mixture.BOUND) | ~mask[:, None])
@@ -419,7 +423,7 @@ def fedgmi(
         data = _vae_mixture.subset(keys[0], data, max_samples)
         components = cast(shared.components, jnp.float32)
         of_batch = joint(context, components, num_samples)
-        table = tabulate(of_batch, components, keys[1], data)
+        table = tabulate(of_batch, keys[1], data)
         return fit_proportions(table, jnp.arange(max_samples) < data.size)
 
     def predict(context, server, proportions, x):

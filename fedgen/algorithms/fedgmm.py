@@ -120,31 +120,37 @@ def fedgmm(
         server = Server(predictors, gaussians, jnp.array(not exact))
         return server, (tree.broadcast(uniform, federation.cohorts[0].num_clients),)
 
-    def e_step(context, server):
-        """Return `(proportions, batch) -> gamma [b, M1, M2]` under these components."""
+    def density(context, server):
+        """Return `batch -> log p(x, y) [b, M1, M2]` under these components."""
 
-        def of_batch(proportions, batch):
+        def of_batch(batch):
             phi, mask = embed(batch.x), batch.mask
             inputs = mixture.gaussian_log_density(phi, *server.gaussians, mask=mask)
             labels = -_components.losses(context.model, server.predictors, batch)
-            table = inputs[:, :, None] + labels[:, None]
-            gamma = _components.responsibilities(
-                table.reshape(mask.shape[0], -1), proportions.ravel(), mask
-            )
-            return gamma.reshape(table.shape)
+            return inputs[:, :, None] + labels[:, None]
 
         return of_batch
+
+    def e_step(proportions, log_density, mask):
+        """Compute `gamma [b, M1, M2]`."""
+        gamma = _components.responsibilities(
+            log_density.reshape(mask.shape[0], -1), proportions.ravel(), mask
+        )
+        return gamma.reshape(log_density.shape)
 
     def download(context, server, id_):
         del context, id_
         return server._replace(started=())
 
     def local(context, key, proportions, server, data):
-        gamma = e_step(context, server)
+        log_density = density(context, server)
+
+        def gamma(batch):
+            return e_step(proportions, log_density(batch), batch.mask)
 
         def add(carry, batch):
             total, stats = carry
-            new = gamma(proportions, batch)
+            new = gamma(batch)
             own = mixture.component_statistics(embed(batch.x), jnp.sum(new, axis=2))
             stats = _input_gaussians.merge_two(stats, own)
             return total + jnp.sum(new, axis=0), stats
@@ -154,7 +160,7 @@ def fedgmm(
         total, stats = fit.fold(add, start, data, schedule.batch_size)
 
         def q(batch):
-            return jnp.sum(gamma(proportions, batch), axis=1)  # q_s(k)
+            return jnp.sum(gamma(batch), axis=1)  # q_s(k)
 
         delta, metrics = _components.fit_weighted(
             context, optimizer, server.predictors, key, data, schedule, q
@@ -178,9 +184,13 @@ def fedgmm(
 
     def personalise(context, key, proportions, server, data):
         del key
-        gamma = e_step(context, server)
         return _components.fit_proportions(
-            gamma, proportions, data, schedule.batch_size, adapt_steps
+            density(context, server),
+            e_step,
+            proportions,
+            data,
+            schedule.batch_size,
+            adapt_steps,
         )
 
     def predict(context, server, proportions, x):

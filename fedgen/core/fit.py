@@ -221,6 +221,39 @@ def fold(
     return jax.lax.while_loop(lambda c: c[0] < steps, step, (jnp.int32(0), init))[1]
 
 
+def tabulate(
+    fn: Callable[[jax.Array, Batch], jax.Array],
+    data: Data,
+    batch_size: int,
+    num_rows: int,
+) -> jax.Array:
+    """Collect `fn(i, batch) -> [b, ...]` of the batches `i` of one pass, in order.
+
+    Args:
+      fn: Sees every batch once.
+      data: At most `num_rows` samples.
+      batch_size: `b`.
+      num_rows: Rows of the table, to which whole batches are filled up.
+
+    Returns:
+      `[rows, ...]`; those from `data.size` on mean nothing.
+    """
+    slot = jnp.arange(batch_size)
+    like = jax.eval_shape(
+        lambda data: fn(jnp.int32(0), data.take(slot, slot < data.size)), data
+    )
+
+    def add(carry, batch):
+        i, table = carry
+        rows = fn(i, batch)
+        at = i * batch_size
+        return i + 1, jax.lax.dynamic_update_slice_in_dim(table, rows, at, axis=0)
+
+    padded = _ceil_div(num_rows, batch_size) * batch_size
+    table = jnp.zeros((padded, *like.shape[1:]), like.dtype)
+    return fold(add, (jnp.int32(0), table), data, batch_size)[1]
+
+
 def class_counts(data: Data, num_classes: int, batch_size: int) -> jax.Array:
     """Count a client's samples of each class, `[c]` float32."""
 

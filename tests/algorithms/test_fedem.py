@@ -12,11 +12,13 @@ import optax
 import pytest
 
 from fedgen.aggregators import mixture
+from fedgen.algorithms import _components
 from fedgen.algorithms.fedavg import fedavg
 from fedgen.algorithms.fedem import fedem
 from fedgen.core import evaluate, participation, rounds
 from fedgen.core.algorithm import State
 from fedgen.core.execution import Execution
+from fedgen.core.federation import Data
 from fedgen.core.fit import Schedule
 
 X = [[2.0, 1.0, -1.0], [1.0, -0.5]]
@@ -125,7 +127,11 @@ def newcomers(scalar_federation):
 SHARP = {"body": jnp.array([4.0, -4.0]), "head": jnp.array([1.0, 1.0])}
 
 
-def test_unseen_clients_find_their_proportions(newcomers, client_data):
+@pytest.mark.parametrize("table_rows", [4096, 600, 599])
+def test_unseen_clients_find_their_proportions(
+    newcomers, client_data, monkeypatch, table_rows
+):
+    monkeypatch.setattr(_components, "_TABLE_ROWS", table_rows)
     algorithm = fedem(optax.sgd(0.5), Schedule(64), num_components=2, adapt_steps=60)
     personalise = jax.jit(
         functools.partial(
@@ -148,6 +154,29 @@ def test_unseen_clients_find_their_proportions(newcomers, client_data):
     assert float(fitted[1]) > 0.8
     nobody = personalise(PROPORTIONS[0], SHARP, client_data(newcomers, 2))
     np.testing.assert_array_equal(nobody, PROPORTIONS[0])
+
+
+def test_proportions_do_not_depend_on_who_has_a_table(scalar_federation, monkeypatch):
+    rng = np.random.default_rng(0)
+    xs = [rng.normal(size=size) for size in (5, 70, 0, 33)]
+    ys = [(rng.random(x.shape) < 0.5).astype(int) for x in xs]
+    federation = scalar_federation(xs, ys, w=0.0, v=1.0)
+    algorithm = fedem(optax.sgd(0.5), Schedule(8), num_components=2)
+    (cohort,) = federation.cohorts
+
+    def fit(start, size):
+        data = Data(federation.pool, cohort.order, start, size, jnp.float32(1))
+        context, key = federation.context(0), jax.random.key(0)
+        uniform = jnp.full(2, 0.5)
+        return algorithm.personalise(context, key, uniform, SHARP, data)
+
+    fitted = []
+    for table_rows in (4096, 33, 1):  # for all, some, and none
+        monkeypatch.setattr(_components, "_TABLE_ROWS", table_rows)
+        fitted.append(jax.vmap(fit)(*cohort.train))
+    np.testing.assert_allclose(fitted[0], fitted[2], rtol=1e-5)
+    np.testing.assert_allclose(fitted[1], fitted[2], rtol=1e-5)
+    assert len(np.unique(np.round(fitted[0][:, 0], 3))) == 4
 
 
 def test_unseen_clients_train_no_model(newcomers):

@@ -167,7 +167,7 @@ def test_generated_samples_are_means(likelihood):
         np.testing.assert_allclose(found[k, 1, :, 0], mean, atol=1e-4)
 
 
-# E-step's table and resampling.
+# The E-step's samples and resampling.
 
 
 def client_of(size, start=2):
@@ -176,16 +176,10 @@ def client_of(size, start=2):
     return Data(pool, order, jnp.int32(start), jnp.int32(size), jnp.float32(1))
 
 
-def test_the_table_has_a_row_for_every_sample():
+def test_a_client_with_few_samples_uses_them_all():
     data = _vae_mixture.subset(KEY, client_of(7), 9)
     assert data.order.shape == (9,) and int(data.size) == 7
     np.testing.assert_array_equal(data.order[:7], client_of(7).order[2:9])
-    table = _vae_mixture.tabulate(
-        lambda key, batch: batch.x * jnp.asarray([[1.0, -2.0]]), 2, KEY, data, 4
-    )
-    assert table.shape == (9, 2)
-    x = np.asarray(data.order[:7], float)
-    np.testing.assert_allclose(table[:7], np.stack([x, -2 * x], axis=1))
 
 
 def test_a_client_with_too_many_samples_uses_some_of_them():

@@ -244,6 +244,21 @@ def test_fold_keeps_the_order_of_the_rows():
     np.testing.assert_array_equal(found[:10], labels)
 
 
+def test_a_table_has_a_row_for_every_sample():
+    def rows(i, batch):
+        return jnp.stack([batch.x + i, -2 * batch.x], axis=1)
+
+    tabulate = jax.jit(lambda data: fit.tabulate(rows, data, 4, 9))
+    for size in (0, 3, 9):
+        data = make_data(size)
+        mine = np.asarray(data.pool.x)[np.asarray(data.order)[3 : 3 + size]]
+        table = tabulate(data)
+        assert table.shape == (12, 2, 3)
+        batch = np.arange(size)[:, None] // 4
+        np.testing.assert_allclose(table[:size, 0], mine + batch, rtol=1e-6)
+        np.testing.assert_allclose(table[:size, 1], -2 * mine, rtol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", [Schedule(4, 1), Schedule(4, steps=3)])
 def test_a_batch_of_a_client_without_samples_is_empty(schedule):
     batch = schedule.batch(KEY, jnp.int32(0), make_data(0))
