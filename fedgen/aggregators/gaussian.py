@@ -65,7 +65,7 @@ from fedgen.aggregators._checks import (
     check_values,
     is_known,
 )
-from fedgen.aggregators._numerics import divide, einsum, matmul
+from fedgen.aggregators._numerics import divide, each, einsum, matmul
 
 BETWEEN_FORMS = ("scalar", "diagonal", "full")
 
@@ -597,7 +597,7 @@ def fuse_information(
         posterior = invert(prior_precision + n * precision)
         return prior + matmul(posterior, matmul(n * precision, delta)), posterior
 
-    return jax.vmap(update)(prior_mean, *_innovation(prior_mean, mean, count))
+    return each(update, prior_mean, *_innovation(prior_mean, mean, count))
 
 
 def fuse_covariance(
@@ -852,7 +852,7 @@ def predictive_logits(
         white = solve_triangular(factor, (z - center[None, :]).T, lower=True)
         return -jnp.sum(white**2, axis=0) / 2 - jnp.sum(jnp.log(jnp.diag(factor)))
 
-    likelihood = jax.vmap(score, out_axes=1)(mean, mean_cov)
+    likelihood = each(score, mean, mean_cov).T
     return _or_prior(temperature * likelihood + log_prior[None, :], log_prior)
 
 

@@ -74,7 +74,7 @@ from fedgen.aggregators._checks import (
     check_values,
     is_known,
 )
-from fedgen.aggregators._numerics import divide, einsum, matmul
+from fedgen.aggregators._numerics import divide, each, einsum, matmul
 
 COVARIANCE_FORMS = ("full", "tied", "diagonal", "scalar")
 
@@ -483,11 +483,12 @@ def maximise(
 
 def _factorise(cov: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return Cholesky factors `[k, d, d]` and which `[k]` covariances have one."""
-    factor = jnp.linalg.cholesky(jax.lax.stop_gradient(cov))
+    factor = each(jnp.linalg.cholesky, jax.lax.stop_gradient(cov))
     proper = jnp.all(jnp.isfinite(factor), axis=(1, 2))
     identity = jnp.eye(cov.shape[-1], dtype=cov.dtype)[None]
     # Replaced before it is factorised: NaN would enter derivatives otherwise.
-    return jnp.linalg.cholesky(jnp.where(proper[:, None, None], cov, identity)), proper
+    sound = jnp.where(proper[:, None, None], cov, identity)
+    return each(jnp.linalg.cholesky, sound), proper
 
 
 def gaussian_log_density(
@@ -545,7 +546,7 @@ def gaussian_log_density(
         scale = jnp.sum(jnp.log(2 * jnp.pi * jnp.diag(factor) ** 2))
         return -(jnp.sum(white**2, axis=1) + scale) / 2
 
-    table = jax.vmap(density, out_axes=1)(mean, factor)
+    table = each(density, mean, factor).T
     table = jnp.where(finite[:, None] & proper[None], table, -BOUND)
     return jnp.where(mask[:, None], table, 0)
 

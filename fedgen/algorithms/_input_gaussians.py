@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedgen.aggregators import gaussian, mixture
+from fedgen.aggregators._numerics import each
 from fedgen.core import tree
 
 _EPS = 0.1  # of the M-step in FedGMM's code
@@ -115,7 +116,7 @@ def spread(key: jax.Array, gaussians: Gaussians, first: jax.Array) -> Gaussians:
     mean, cov = gaussians
     noise = jax.random.normal(key, mean.shape)
     noise = noise - jnp.mean(noise, axis=0, keepdims=True)
-    step = jnp.einsum("kde,ke->kd", jnp.linalg.cholesky(cov), noise)
+    step = each(lambda cov, noise: jnp.linalg.cholesky(cov) @ noise, cov, noise)
     return Gaussians(jnp.where(first, mean + step, mean), cov)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from fedgen.aggregators import gaussian
+from fedgen.aggregators._numerics import each
 from fedgen.algorithms import _options
 from fedgen.algorithms import fedavg as fedavg_lib
 from fedgen.core import fit
@@ -102,8 +103,8 @@ def ccvr(
         count, mean, cov = pool(first, second)
         draw_key, fit_key = jax.random.split(key)
         c, d = mean.shape
-        factor = jnp.linalg.cholesky(
-            jax.vmap(lambda cov: gaussian.shrink(cov, shrinkage))(cov)
+        factor = each(
+            lambda cov: jnp.linalg.cholesky(gaussian.shrink(cov, shrinkage)), cov
         )
         noise = jax.random.normal(draw_key, (c, virtual_per_class, d))
         features = mean[:, None] + jnp.einsum("cde,cse->csd", factor, noise)

@@ -119,9 +119,11 @@ def pfedfda(
 
         def candidates(half):
             own = estimate(half, prior)
-            return jax.vmap(
-                lambda share: discriminant(interpolate(share, own, prior), count)
-            )(shares)
+            # One after another, for the reason that `_numerics.each` gives.
+            return jax.lax.map(
+                lambda share: discriminant(interpolate(share, own, prior), count),
+                shares,
+            )
 
         loss = _statistics.cross_validate(
             context, params, data, schedule.batch_size, map(candidates, halves)

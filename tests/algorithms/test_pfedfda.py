@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +130,39 @@ def test_shares_minimise_the_cross_validated_loss(problem, single):
     got = _shares(algorithm, context, _server(mean, cov), data)
     assert 0 < best[1][0] < 1  # else the test could not tell
     np.testing.assert_allclose(got, best[1], atol=1e-6)
+
+
+LARGE = """
+import jax, optax
+import jax.numpy as jnp
+from fedgen.algorithms.pfedfda import Gaussians, Server, pfedfda
+from fedgen.core.federation import Context, Data, Model, Pool
+from fedgen.core.fit import Schedule
+
+def same(params, x):
+    return x
+
+d = 200
+model = Model("identity", lambda key: {"body": (), "head": ()}, same, same, d)
+pool = Pool(jax.random.normal(jax.random.key(0), (61, d)), jnp.arange(61) % 3)
+data = Data(pool, jnp.arange(61), jnp.int32(0), jnp.int32(61), jnp.float32(1))
+server = Server((), Gaussians(jnp.zeros((3, d)), jnp.eye(d)), ())
+algorithm = pfedfda(optax.sgd(0.1), Schedule(8))
+
+@jax.jit
+def personalise(key):
+    return algorithm.personalise(Context(model, 3), key, (), server, data)
+
+for i in range(5):
+    jax.block_until_ready(personalise(jax.random.key(i)))
+"""
+
+
+def test_large_heads_do_not_wait_for_each_other():
+    # In a process, or what waits for ever would take this one with it.
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "2"}
+    subprocess.run([sys.executable, "-c", LARGE], env=env, check=True, timeout=120)
 
 
 def test_quirk_adds_the_identity(problem):
