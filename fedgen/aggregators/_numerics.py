@@ -23,15 +23,21 @@ def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     return jnp.where(positive, quotient, 0)
 
 
-def each(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """Map `fn`, which factorises or solves, over the first axis, as `vmap` does.
+def batches_may_hang() -> bool:
+    """Tell whether to factorise a batch of matrices may never end.
 
     Before 0.11, jaxlib deals the matrices of a batch out to the threads of the CPU,
     and the thread that does so waits for them. If all threads wait, as they may where
-    each runs a device, or a program has several batches, none is left to work. So
-    there compiled programs take one matrix after another.
+    each runs a device, or a program has several batches, none is left to work.
     """
-    dealt = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
-    if dealt and not is_known(*arrays):
+    return jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
+
+
+def each(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Map `fn`, which factorises or solves, over the first axis, as `vmap` does.
+
+    Where batches may hang, compiled programs take one matrix after another.
+    """
+    if batches_may_hang() and not is_known(*arrays):
         return jax.lax.map(lambda args: fn(*args), arrays)
     return jax.vmap(fn)(*arrays)

@@ -119,7 +119,7 @@ def pfedfda(
 
         def candidates(half):
             own = estimate(half, prior)
-            # One after another, for the reason that `_numerics.each` gives.
+            # One after another: see `_numerics.batches_may_hang`.
             return jax.lax.map(
                 lambda share: discriminant(interpolate(share, own, prior), count),
                 shares,

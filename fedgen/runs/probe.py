@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedgen.aggregators._numerics import batches_may_hang
 from fedgen.core import evaluate, execution, rounds
 from fedgen.core.algorithm import State
 from fedgen.core.compiling import compile_ahead
@@ -91,7 +92,8 @@ def candidates(config: Config, federation: Federation) -> tuple[list[Chunk], lis
     if jax.default_backend() == "cpu":
         if not config.devices and here > 1:
             devices.append(1)
-        return [chunk for chunk in (1, 2, 5, 10) if chunk <= max(n, 1)], devices
+        chunks = (1,) if batches_may_hang() else (1, 2, 5, 10)
+        return [chunk for chunk in chunks if chunk <= max(n, 1)], devices
     return ["all", *(n // 2**i for i in range(1, 7) if n >= 2**i)], devices
 
 

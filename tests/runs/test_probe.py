@@ -35,6 +35,7 @@ def long(config, tmp_path, monkeypatch):
     """Make every training long enough for a probe, whose timings a test injects."""
     monkeypatch.setenv("FEDGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(probe, "training_seconds", lambda *args: 1e6)
+    monkeypatch.setattr(probe, "batches_may_hang", lambda: False)
     asked = []
 
     def inject(seconds):
@@ -76,6 +77,13 @@ def test_the_search_ends_at_the_fastest(seconds, tried):
 
 def test_a_search_without_time_left_takes_the_first():
     assert probe.search(lambda *args: 1.0, [1, 2], [2, 1], -1.0) == {(1, 2): 1.0}
+
+
+def test_one_client_at_a_time_where_batches_may_hang(config, long, monkeypatch):
+    asked = long({(1, 2): 3.0, (2, 2): 1.0})
+    monkeypatch.setattr(probe, "batches_may_hang", lambda: True)
+    setup = build.build(config, probe.choose)
+    assert setup.execution.chunk == 1 and asked == [(1, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("best", [(2, 2), (1, 1)])
