@@ -26,17 +26,17 @@ def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 def batches_may_hang() -> bool:
     """Tell whether to factorise a batch of matrices may never end.
 
-    Before 0.11, jaxlib deals the matrices of a batch out to the threads of the CPU,
+    Before 0.11.2, jaxlib deals the matrices of a batch out to the threads of the CPU,
     and the thread that does so waits for them. If all threads wait, as they may where
     each runs a device, or a program has several batches, none is left to work.
     """
-    return jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
+    return jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11, 2)
 
 
 def each(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
     """Map `fn`, which factorises or solves, over the first axis, as `vmap` does.
 
-    Where batches may hang, compiled programs take one matrix after another.
+    Where batches may hang, arrays that are traced are taken one after another.
     """
     if batches_may_hang() and not is_known(*arrays):
         return jax.lax.map(lambda args: fn(*args), arrays)

@@ -592,14 +592,14 @@ def bernoulli_log_prob(x: jax.Array, logits: jax.Array) -> jax.Array:
     it serves to compare components, not to report bits per feature.
 
     Numerics: `x a - log(1 + exp(a))` for logits `a`, arranged to be exact for large
-    ones and smooth at 0. `optax.losses.sigmoid_binary_cross_entropy` takes two
-    `logaddexp` for an entry, several times as long on a CPU, and these tables are
+    ones, with the right slope at 0. `optax.losses.sigmoid_binary_cross_entropy` takes
+    two `logaddexp` for an entry, several times as long on a CPU, and these tables are
     most of what an E-step costs.
     """
     _check_same_shape(x=x, logits=logits)
     size = jnp.abs(logits)
-    each = (x - 0.5) * logits - size / 2 - jnp.log1p(jnp.exp(-size))
-    return jnp.sum(each, axis=-1)
+    log_prob = (x - 0.5) * logits - size / 2 - jnp.log1p(jnp.exp(-size))
+    return jnp.sum(log_prob, axis=-1)
 
 
 def continuous_bernoulli_log_prob(x: jax.Array, logits: jax.Array) -> jax.Array:

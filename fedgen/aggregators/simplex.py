@@ -55,7 +55,7 @@ from fedgen.aggregators._checks import (
     check_values,
     is_known,
 )
-from fedgen.aggregators._numerics import einsum, matmul
+from fedgen.aggregators._numerics import each, einsum, matmul
 
 _PENALTIES = (10.0, 30.0, 100.0)  # before that which the caller asks for
 _DESCENTS = 30  # Newton steps, for each of them
@@ -343,7 +343,7 @@ def _smallest(points: jax.Array, mask: jax.Array, penalty: float) -> jax.Array:
 
         def descend(_, x):
             tried = x[None] + _STEPS[:, None] * newton(x)[None]
-            values = jax.vmap(value)(tried)
+            values = each(value, tried)
             return tried[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
 
         def polish(_, x):

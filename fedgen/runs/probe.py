@@ -229,6 +229,8 @@ def _read(path: pathlib.Path) -> tuple[Chunk, int] | None:
         found = json.loads(path.read_text())
         chunk, devices = found["chunk"], found["devices"]
         known = chunk == "all" or type(chunk) is int and chunk >= 1
+        # A release of fedgen that did not know of it may have found more.
+        known = known and (chunk == 1 or not batches_may_hang())
         if known and type(devices) is int and 1 <= devices <= len(jax.devices()):
             return chunk, devices
     except (OSError, ValueError, KeyError, TypeError):

@@ -84,6 +84,10 @@ def test_one_client_at_a_time_where_batches_may_hang(config, long, monkeypatch):
     monkeypatch.setattr(probe, "batches_may_hang", lambda: True)
     setup = build.build(config, probe.choose)
     assert setup.execution.chunk == 1 and asked == [(1, 2), (1, 1)]
+    (path,) = (sources.cache_dir() / "layouts").iterdir()
+    path.write_text(json.dumps({"chunk": 2, "devices": 2}))
+    setup = build.build(config, probe.choose)
+    assert setup.execution.chunk == 1 and setup.layout == "a probe"
 
 
 @pytest.mark.parametrize("best", [(2, 2), (1, 1)])
