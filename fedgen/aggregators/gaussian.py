@@ -57,6 +57,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_solve, solve_triangular
 
+from fedgen._matrices import each
 from fedgen.aggregators._checks import (
     check_covariances,
     check_finite,
@@ -65,7 +66,7 @@ from fedgen.aggregators._checks import (
     check_values,
     is_known,
 )
-from fedgen.aggregators._numerics import divide, each, einsum, matmul
+from fedgen.aggregators._numerics import divide, einsum, matmul
 
 BETWEEN_FORMS = ("scalar", "diagonal", "full")
 

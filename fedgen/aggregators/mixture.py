@@ -67,6 +67,7 @@ import optax
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import logsumexp
 
+from fedgen._matrices import each
 from fedgen.aggregators._checks import (
     check_finite,
     check_number,
@@ -74,7 +75,7 @@ from fedgen.aggregators._checks import (
     check_values,
     is_known,
 )
-from fedgen.aggregators._numerics import divide, each, einsum, matmul
+from fedgen.aggregators._numerics import divide, einsum, matmul
 
 COVARIANCE_FORMS = ("full", "tied", "diagonal", "scalar")
 

@@ -46,6 +46,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedgen._matrices import each
 from fedgen.aggregators import gaussian
 from fedgen.aggregators._checks import (
     check_covariances,
@@ -55,7 +56,7 @@ from fedgen.aggregators._checks import (
     check_values,
     is_known,
 )
-from fedgen.aggregators._numerics import each, einsum, matmul
+from fedgen.aggregators._numerics import einsum, matmul
 
 _PENALTIES = (10.0, 30.0, 100.0)  # before that which the caller asks for
 _DESCENTS = 30  # Newton steps, for each of them

@@ -104,7 +104,10 @@ def fit_proportions(
         return jax.lax.fori_loop(0, steps, improve, proportions)
 
     # One of the two has no samples, and leaves the proportions as they are.
-    return refine(refine(proportions, few, look_up), many, compute)
+    proportions = refine(proportions, few, look_up)
+    if num_rows < data.order.shape[0]:
+        proportions = refine(proportions, many, compute)
+    return proportions
 
 
 def mean_share(total: jax.Array, old: jax.Array, data: Data) -> jax.Array:

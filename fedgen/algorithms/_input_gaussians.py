@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedgen._matrices import each
 from fedgen.aggregators import gaussian, mixture
-from fedgen.aggregators._numerics import each
 from fedgen.core import tree
 
 _EPS = 0.1  # of the M-step in FedGMM's code

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedgen._matrices import each
 from fedgen.aggregators import gaussian
-from fedgen.aggregators._numerics import each
 from fedgen.algorithms import _options
 from fedgen.algorithms import fedavg as fedavg_lib
 from fedgen.core import fit

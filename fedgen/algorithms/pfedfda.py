@@ -119,7 +119,7 @@ def pfedfda(
 
         def candidates(half):
             own = estimate(half, prior)
-            # One after another: see `_numerics.batches_may_hang`.
+            # One after another: see `_matrices.batches_may_hang`.
             return jax.lax.map(
                 lambda share: discriminant(interpolate(share, own, prior), count),
                 shares,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fedgen import _matrices
 from fedgen.core.algorithm import State
 from fedgen.core.federation import Federation, Rows
 
@@ -195,16 +196,21 @@ def replicated(mesh: Mesh | None) -> NamedSharding | None:
 
 
 def over_clients(fn: Callable, chunk: int) -> Callable:
-    """Lift `fn` of one client to a chunk of them, stacked on a leading axis."""
-    if chunk > 1:
-        return jax.vmap(fn)
+    """Lift `fn` of one client to a chunk of them, stacked on a leading axis.
 
-    # One client alone needs no batch axis, hence no batched matrix products.
-    def alone(*args):
-        out = fn(*jax.tree.map(lambda a: a[0], args))
-        return jax.tree.map(lambda a: a[None], out)
+    Clients who factorise matrices take turns where batches of these may hang.
+    """
 
-    return alone
+    def lifted(*args):
+        first = jax.tree.map(lambda a: a[0], args)
+        # One client alone needs no batch axis, hence no batched matrix products.
+        if chunk == 1:
+            return jax.tree.map(lambda a: a[None], fn(*first))
+        if _matrices.batches_may_hang() and _matrices.factorises(fn, *first):
+            return jax.lax.map(lambda args: fn(*args), args)
+        return jax.vmap(fn)(*args)
+
+    return lifted
 
 
 def map_clients(fn: Callable, chunk: int | None) -> Callable:

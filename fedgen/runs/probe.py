@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedgen.aggregators._numerics import batches_may_hang
 from fedgen.core import evaluate, execution, rounds
 from fedgen.core.algorithm import State
 from fedgen.core.compiling import compile_ahead
@@ -92,8 +91,7 @@ def candidates(config: Config, federation: Federation) -> tuple[list[Chunk], lis
     if jax.default_backend() == "cpu":
         if not config.devices and here > 1:
             devices.append(1)
-        chunks = (1,) if batches_may_hang() else (1, 2, 5, 10)
-        return [chunk for chunk in chunks if chunk <= max(n, 1)], devices
+        return [chunk for chunk in (1, 2, 5, 10) if chunk <= max(n, 1)], devices
     return ["all", *(n // 2**i for i in range(1, 7) if n >= 2**i)], devices
 
 
@@ -229,8 +227,6 @@ def _read(path: pathlib.Path) -> tuple[Chunk, int] | None:
         found = json.loads(path.read_text())
         chunk, devices = found["chunk"], found["devices"]
         known = chunk == "all" or type(chunk) is int and chunk >= 1
-        # A release of fedgen that did not know of it may have found more.
-        known = known and (chunk == 1 or not batches_may_hang())
         if known and type(devices) is int and 1 <= devices <= len(jax.devices()):
             return chunk, devices
     except (OSError, ValueError, KeyError, TypeError):

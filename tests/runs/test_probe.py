@@ -35,7 +35,6 @@ def long(config, tmp_path, monkeypatch):
     """Make every training long enough for a probe, whose timings a test injects."""
     monkeypatch.setenv("FEDGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(probe, "training_seconds", lambda *args: 1e6)
-    monkeypatch.setattr(probe, "batches_may_hang", lambda: False)
     asked = []
 
     def inject(seconds):
@@ -77,17 +76,6 @@ def test_the_search_ends_at_the_fastest(seconds, tried):
 
 def test_a_search_without_time_left_takes_the_first():
     assert probe.search(lambda *args: 1.0, [1, 2], [2, 1], -1.0) == {(1, 2): 1.0}
-
-
-def test_one_client_at_a_time_where_batches_may_hang(config, long, monkeypatch):
-    asked = long({(1, 2): 3.0, (2, 2): 1.0})
-    monkeypatch.setattr(probe, "batches_may_hang", lambda: True)
-    setup = build.build(config, probe.choose)
-    assert setup.execution.chunk == 1 and asked == [(1, 2), (1, 1)]
-    (path,) = (sources.cache_dir() / "layouts").iterdir()
-    path.write_text(json.dumps({"chunk": 2, "devices": 2}))
-    setup = build.build(config, probe.choose)
-    assert setup.execution.chunk == 1 and setup.layout == "a probe"
 
 
 @pytest.mark.parametrize("best", [(2, 2), (1, 1)])
